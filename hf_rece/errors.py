@@ -1,0 +1,33 @@
+"""One family of errors. A message names the argument, shows its value, and says what to do."""
+
+
+class HfReceError(Exception):
+    """Base of every error that hf_rece raises on purpose."""
+
+
+class ArgumentError(HfReceError, ValueError):
+    """An argument cannot be used as given.
+
+    Args:
+        argument: name of the argument as the caller wrote it.
+        value: what was passed; shown with repr, so pass a shape rather than a large tensor.
+        problem: why the value cannot be used, without a final full stop.
+        fix: what to pass or do instead, without a final full stop.
+    """
+
+    def __init__(self, argument: str, value: object, problem: str, fix: str) -> None:
+        self.argument = argument
+        super().__init__(f"{argument}={value!r}: {problem}. {fix}.")
+
+
+class DataError(HfReceError, ValueError):
+    """A log, a split or a history cannot be used as given.
+
+    Args:
+        source: what was read: a file, a column, an argument.
+        problem: what is wrong with it, without a final full stop.
+        fix: what to do about it, without a final full stop.
+    """
+
+    def __init__(self, source: str, problem: str, fix: str) -> None:
+        super().__init__(f"{source}: {problem}. {fix}.")
