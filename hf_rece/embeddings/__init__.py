@@ -1,0 +1,1 @@
+"""Tables that are both input lookup and output rows."""

@@ -1,0 +1,1 @@
+"""One file a plan: which pairs a loss scores."""

@@ -1,0 +1,277 @@
+"""The arguments that every loss takes: documented, checked and applied once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from hf_rece.errors import ArgumentError
+from hf_rece.ops.plan import Plan, resolve_tile_bytes
+from hf_rece.ops.rows import OutputRows, as_output_rows
+from hf_rece.ops.stream import BACKENDS, Backend, stream
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class CommonOptions(TypedDict, total=False):
+    """Arguments that every loss takes by name.
+
+    bias: (C,) added to the logits, or None.
+    ignore_index: label of tokens that take no part anywhere; -100 unless given.
+    excluded_ids: classes that are never scored as negatives (padding, mask, reserved rows), as a
+        sequence of integers or an int64 tensor.
+    reduction: "mean" over labelled tokens (the default), "sum", or "none" for a loss of the labels'
+        shape with 0 at ignored tokens.
+    num_items_in_batch: with "mean", divide the sum by this instead of the number of labelled
+        tokens; a Trainer passes the count over all micro-batches of one optimiser step.
+    logit_scale: multiplies every logit.
+    logit_softcap: c, caps a logit at c tanh(logit / c), after the scale.
+    tile_bytes: bytes of one tile of logits; None for the device's default. Larger tiles are fewer.
+    backend: "auto" or "torch".
+    generator: torch.Generator of the random draws, on the device of the hidden states.
+    """
+
+    bias: Tensor | None
+    ignore_index: int
+    excluded_ids: Tensor | list[int] | tuple[int, ...] | None
+    reduction: Reduction
+    num_items_in_batch: Tensor | int | None
+    logit_scale: float
+    logit_softcap: float | None
+    tile_bytes: int | None
+    backend: Backend
+    generator: torch.Generator | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """CommonOptions with their defaults, checked."""
+
+    bias: Tensor | None = None
+    ignore_index: int = -100
+    excluded_ids: Tensor | list[int] | tuple[int, ...] | None = None
+    reduction: Reduction = "mean"
+    num_items_in_batch: Tensor | int | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    tile_bytes: int | None = None
+    backend: Backend = "auto"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ArgumentError(
+                "reduction", self.reduction, "no such reduction", "Pass mean, sum or none"
+            )
+        if self.backend not in BACKENDS:
+            raise ArgumentError(
+                "backend", self.backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
+            )
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ArgumentError(
+                "logit_softcap", self.logit_softcap, "a cap is positive", "Pass None for no cap"
+            )
+        if not math.isfinite(self.logit_scale):
+            raise ArgumentError("logit_scale", self.logit_scale, "not finite", "Pass 1.0 for none")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a loss works on: the labelled tokens, the rows, and the options.
+
+    Args:
+        hidden: (N, D), the hidden states that carry a label.
+        rows: C rows of width D.
+        labels: (N,) int64 in [0, C).
+        kept: (N,) int64 positions of these tokens among all of the caller's, or None if all are
+            kept.
+        shape: the labels' shape as given.
+        excluded_ids: (E,) int64 or None.
+        tile_bytes: bytes of a tile.
+        options: as given.
+    """
+
+    hidden: Tensor
+    rows: OutputRows
+    labels: Tensor
+    kept: Tensor | None
+    shape: torch.Size
+    excluded_ids: Tensor | None
+    tile_bytes: int
+    options: Options
+
+    def stream(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Return label logits (N,) and merged scores (N,) over the plan's pairs."""
+        return stream(
+            self.hidden,
+            self.rows,
+            self.labels,
+            plan,
+            bias=self.options.bias,
+            logit_scale=self.options.logit_scale,
+            logit_softcap=self.options.logit_softcap,
+            backend=self.options.backend,
+        )
+
+    def sequence_ids(self) -> tuple[Tensor, int]:
+        """Return the sequence (N,) of each token, and how many sequences the labels' shape has.
+
+        Raises:
+            ArgumentError: if the labels have no sequence dimension.
+        """
+        if len(self.shape) < 2:
+            raise ArgumentError(
+                "labels",
+                tuple(self.shape),
+                "negatives for each sequence need to know the sequences",
+                'Pass labels of shape (B, T), or shared_by="batch"',
+            )
+        length = self.shape[-1]
+        kept = self.kept
+        if kept is None:
+            kept = torch.arange(len(self.labels), device=self.labels.device)
+        return kept // length, math.prod(self.shape[:-1])
+
+    def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Reduce the losses (N,) of the labelled tokens as the caller asked.
+
+        Args:
+            losses: (N,).
+            counted: number of tokens that a mean divides by, if not all of them.
+        """
+        if self.options.reduction == "none":
+            if self.kept is None:
+                return losses.view(self.shape)
+            flat = losses.new_zeros(math.prod(self.shape))
+            return flat.index_put((self.kept,), losses).view(self.shape)
+        total = losses.sum()
+        if self.options.reduction == "sum":
+            return total
+        if self.options.num_items_in_batch is not None:
+            return total / self.options.num_items_in_batch
+        return total / (max(len(losses), 1) if counted is None else counted.clamp(min=1))
+
+
+def prepare(
+    hidden: Tensor, weight: Tensor | OutputRows, labels: Tensor, options: Options
+) -> Problem:
+    """Check the inputs of a loss and drop the tokens without a label.
+
+    Args:
+        hidden: (N, D) or (B, T, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        labels: integers of the same leading shape, already aligned: no shift is applied.
+        options: shared options.
+
+    Raises:
+        ArgumentError: if shapes or widths disagree, a label is out of range or excluded, or hidden
+            holds NaN.
+    """
+    rows = as_output_rows(weight)
+    _check_shapes(hidden, rows, labels, options.bias)
+    flat_labels = labels.reshape(-1).long()
+    states = hidden.reshape(-1, hidden.shape[-1])
+    labelled = flat_labels != options.ignore_index
+    kept = None
+    if not bool(labelled.all()):
+        kept = labelled.nonzero()[:, 0]
+        flat_labels, states = flat_labels[kept], states[kept]
+    excluded = _excluded_ids(options.excluded_ids, rows.n_rows, hidden.device)
+    _check_values(states, flat_labels, rows.n_rows, excluded, options.ignore_index)
+    tile_bytes = resolve_tile_bytes(options.tile_bytes, hidden.device)
+    return Problem(states, rows, flat_labels, kept, labels.shape, excluded, tile_bytes, options)
+
+
+def _check_shapes(hidden: Tensor, rows: OutputRows, labels: Tensor, bias: Tensor | None) -> None:
+    if not hidden.is_floating_point() or hidden.dim() < 2:
+        raise ArgumentError(
+            "hidden",
+            (tuple(hidden.shape), hidden.dtype),
+            "hidden states are floating point vectors",
+            "Pass a tensor of shape (N, D) or (B, T, D)",
+        )
+    if hidden.shape[-1] != rows.width:
+        raise ArgumentError(
+            "hidden",
+            tuple(hidden.shape),
+            f"the output rows are {rows.width} wide",
+            f"Pass hidden states whose last dimension is {rows.width}",
+        )
+    if labels.shape != hidden.shape[:-1] or labels.is_floating_point():
+        raise ArgumentError(
+            "labels",
+            (tuple(labels.shape), labels.dtype),
+            f"hidden has shape {tuple(hidden.shape)}",
+            f"Pass integer labels of shape {tuple(hidden.shape[:-1])}",
+        )
+    if bias is not None and bias.shape != (rows.n_rows,):
+        raise ArgumentError(
+            "bias",
+            tuple(bias.shape),
+            f"there are {rows.n_rows} classes",
+            f"Pass a bias of shape ({rows.n_rows},), or None",
+        )
+
+
+def _excluded_ids(
+    ids: Tensor | list[int] | tuple[int, ...] | None, n_classes: int, device: torch.device
+) -> Tensor | None:
+    if ids is None or len(ids) == 0:
+        return None
+    excluded = torch.as_tensor(ids, dtype=torch.long, device=device).unique()
+    if int(excluded[0]) < 0 or int(excluded[-1]) >= n_classes:
+        raise ArgumentError(
+            "excluded_ids",
+            excluded.tolist()[:5],
+            f"there are {n_classes} classes",
+            f"Pass class ids from 0 to {n_classes - 1}",
+        )
+    return excluded
+
+
+def _check_values(
+    states: Tensor, labels: Tensor, n_classes: int, excluded: Tensor | None, ignore_index: int
+) -> None:
+    if len(labels) == 0:
+        return
+    outside = labels[(labels < 0) | (labels >= n_classes)]
+    if len(outside):
+        raise ArgumentError(
+            "labels",
+            outside.unique().tolist()[:5],
+            f"there are {n_classes} classes",
+            f"Pass labels from 0 to {n_classes - 1}, or ignore_index={ignore_index} for tokens "
+            "without a label",
+        )
+    if excluded is not None:
+        clash = labels[torch.isin(labels, excluded)]
+        if len(clash):
+            raise ArgumentError(
+                "labels",
+                clash.unique().tolist()[:5],
+                "these classes are in excluded_ids",
+                f"Set them to ignore_index={ignore_index}, or take them out of excluded_ids",
+            )
+    if bool(torch.isnan(states).any()):
+        raise ArgumentError(
+            "hidden",
+            "NaN",
+            f"{int(torch.isnan(states).any(1).sum())} of {len(states)} labelled tokens hold NaN",
+            "Look for the layer that made it: torch.autograd.set_detect_anomaly(True), a lower "
+            "learning rate, or a float32 or bfloat16 model instead of float16",
+        )
+
+
+def softmax_loss(label_logits: Tensor, others: Tensor) -> Tensor:
+    """Return log(exp(l_label) + exp(others)) - l_label, each (N,).
+
+    Args:
+        label_logits: (N,).
+        others: (N,) log-sum-exp over the negatives, -inf where there are none.
+    """
+    return torch.logaddexp(label_logits, others) - label_logits

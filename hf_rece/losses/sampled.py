@@ -1,0 +1,292 @@
+"""Losses over drawn negatives: sampled softmax, binary cross-entropy (BCE), generalised BCE (gBCE)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from hf_rece.errors import ArgumentError
+from hf_rece.losses.checks import check_at_least, check_choice
+from hf_rece.losses.options import CommonOptions, Options, Problem, prepare, softmax_loss
+from hf_rece.ops.plan import Merge
+from hf_rece.ops.plans.sampled import Sampler, SharedBy, draw_negatives, sampled_plan
+from hf_rece.ops.rows import OutputRows
+
+_N_NEGATIVES = {"help": "Negatives a token meets."}
+_SAMPLER = {
+    "help": "uniform; log_uniform, for classes numbered by falling popularity; in_batch, other tokens' "
+    "labels (softmax only)."
+}
+_SHARED_BY = {
+    "help": "batch: all tokens meet the same negatives; sequence: each row draws its own."
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledSoftmaxConfig:
+    """Knobs of the sampled softmax."""
+
+    n_negatives: int = field(default=256, metadata=_N_NEGATIVES)
+    sampler: Sampler = field(default="uniform", metadata=_SAMPLER)
+    shared_by: SharedBy = field(default="batch", metadata=_SHARED_BY)
+    logq: bool = field(
+        default=False,
+        metadata={"help": "Weigh negatives by 1 / (K q), so that they stand for all classes."},
+    )
+
+    def __post_init__(self) -> None:
+        _check_sampling(self.n_negatives, self.sampler, self.shared_by, get_args(Sampler))
+        if self.sampler == "in_batch" and self.shared_by == "sequence":
+            raise ArgumentError(
+                "shared_by",
+                self.shared_by,
+                "in-batch negatives are the batch's",
+                'Pass shared_by="batch"',
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BCEConfig:
+    """Knobs of the binary cross-entropy."""
+
+    n_negatives: int = field(default=1, metadata=_N_NEGATIVES)
+    sampler: Sampler = field(default="uniform", metadata=_SAMPLER)
+    shared_by: SharedBy = field(default="batch", metadata=_SHARED_BY)
+
+    def __post_init__(self) -> None:
+        _check_sampling(self.n_negatives, self.sampler, self.shared_by, ("uniform", "log_uniform"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GBCEConfig:
+    """Knobs of the generalised binary cross-entropy."""
+
+    n_negatives: int = field(default=256, metadata=_N_NEGATIVES)
+    sampler: Sampler = field(default="uniform", metadata=_SAMPLER)
+    shared_by: SharedBy = field(default="batch", metadata=_SHARED_BY)
+    t: float = field(
+        default=0.75,
+        metadata={
+            "help": "Calibration, 0 to 1: 0 is BCE, 1 undoes the overconfidence of sampling."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_sampling(self.n_negatives, self.sampler, self.shared_by, ("uniform", "log_uniform"))
+        if not 0 <= self.t <= 1:
+            raise ArgumentError("t", self.t, "out of range", "Pass a number from 0 to 1")
+
+
+def sampled_softmax_loss(
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    labels: Tensor,
+    *,
+    n_negatives: int = 256,
+    sampler: Sampler = "uniform",
+    shared_by: SharedBy = "batch",
+    logq: bool = False,
+    **common: Unpack[CommonOptions],
+) -> Tensor:
+    """Return the cross-entropy over each token's label and its drawn negatives, in nats.
+
+        loss_i = log(exp(l_iy) + sum over draws k, j_k != y, of exp(l_ij_k) / (K q_j_k)) - l_iy
+
+    Without logq, each draw has weight 1. Draws that hit the label are dropped.
+
+    With logq, the sum of exponentials is an unbiased estimate of that of the exact loss. Without,
+    it is no likelihood, and values under different knobs do not compare.
+
+    Args:
+        hidden: (N, D) or (B, T, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        labels: (N,) or (B, T) integers, already aligned; (B, T) for shared_by="sequence".
+        n_negatives: see SampledSoftmaxConfig.
+        sampler: see SampledSoftmaxConfig.
+        shared_by: see SampledSoftmaxConfig.
+        logq: see SampledSoftmaxConfig.
+        **common: see hf_rece.losses.options.CommonOptions.
+
+    Returns:
+        A scalar, or with reduction="none" a tensor of the labels' shape; float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ArgumentError: for knobs out of range, and as cross_entropy_loss.
+
+    Memory:
+        The gradients, O(N + K) integers (O(N + B K) by sequence), and one tile.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)
+        >>> labels = torch.tensor([0, 0])
+        >>> round(sampled_softmax_loss(hidden, weight, labels, n_negatives=3,
+        excluded_ids=[1]).item(), 1) 1.4
+
+    Reference:
+        Bengio and Senecal, 2008, "Adaptive importance sampling to accelerate training of a neural
+        probabilistic language model", equation 10; without logq the negatives-only variant of
+        Klenitskiy and Vasilev, 2023, arXiv 2309.07602.
+    """
+    SampledSoftmaxConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by, logq=logq)
+    problem = prepare(hidden, weight, labels, Options(**common))
+    label_logits, others = _stream_negatives(
+        problem, n_negatives, sampler, shared_by, logq, "logaddexp"
+    )
+    return problem.reduce(softmax_loss(label_logits, others))
+
+
+def bce_loss(
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    labels: Tensor,
+    *,
+    n_negatives: int = 1,
+    sampler: Sampler = "uniform",
+    shared_by: SharedBy = "batch",
+    **common: Unpack[CommonOptions],
+) -> Tensor:
+    """Return the mean binary cross-entropy of the label against 1 and the negatives against 0, in
+    nats.
+
+        loss_i = -(log sigma(l_iy) + sum over draws k of log(1 - sigma(l_ij_k))) / (K + 1)
+
+    Draws that hit the label are dropped from the sum. Is no likelihood over the classes.
+
+    Args:
+        hidden: (N, D) or (B, T, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        labels: (N,) or (B, T) integers, already aligned; (B, T) for shared_by="sequence".
+        n_negatives: see BCEConfig.
+        sampler: see BCEConfig.
+        shared_by: see BCEConfig.
+        **common: see hf_rece.losses.options.CommonOptions.
+
+    Returns:
+        A scalar, or with reduction="none" a tensor of the labels' shape; float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ArgumentError: for knobs out of range, and as cross_entropy_loss.
+
+    Memory:
+        The gradients, O(N + K) integers (O(N + B K) by sequence), and one tile.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)
+        >>> labels = torch.tensor([0, 0])
+        >>> round(bce_loss(hidden, weight, labels, sampler="uniform", excluded_ids=[1]).item(), 1)
+        0.7
+
+    Reference:
+        Kang and McAuley, 2018, arXiv 1808.09781, equation 7, there with one negative.
+    """
+    BCEConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by)
+    problem = prepare(hidden, weight, labels, Options(**common))
+    label_logits, others = _stream_negatives(problem, n_negatives, sampler, shared_by, False, "sum")
+    return problem.reduce((F.softplus(-label_logits) + others) / (n_negatives + 1))
+
+
+def gbce_loss(
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    labels: Tensor,
+    *,
+    n_negatives: int = 256,
+    sampler: Sampler = "uniform",
+    shared_by: SharedBy = "batch",
+    t: float = 0.75,
+    **common: Unpack[CommonOptions],
+) -> Tensor:
+    """Return the generalised binary cross-entropy, in nats.
+
+        loss_i = -(log sigma(l_iy)^beta + sum over draws k of log(1 - sigma(l_ij_k))) / (K + 1)
+        beta = alpha (t (1 - 1 / alpha) + 1 / alpha),    alpha = K / (C - 1)
+
+    Equals bce_loss with t=0. Is no likelihood over the classes.
+
+    Args:
+        hidden: (N, D) or (B, T, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        labels: (N,) or (B, T) integers, already aligned; (B, T) for shared_by="sequence".
+        n_negatives: see GBCEConfig.
+        sampler: see GBCEConfig.
+        shared_by: see GBCEConfig.
+        t: see GBCEConfig.
+        **common: see hf_rece.losses.options.CommonOptions.
+
+    Returns:
+        A scalar, or with reduction="none" a tensor of the labels' shape; float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ArgumentError: for knobs out of range, and as cross_entropy_loss.
+
+    Memory:
+        The gradients, O(N + K) integers (O(N + B K) by sequence), and one tile.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)
+        >>> labels = torch.tensor([0, 0])
+        >>> loss = gbce_loss(hidden, weight, labels, n_negatives=1, t=0.0, excluded_ids=[1])
+        >>> round(loss.item(), 1)
+        0.7
+
+    Reference:
+        Petrov and Macdonald, 2023, arXiv 2308.07192, equations 13 and 14. C here leaves out the
+        excluded classes.
+    """
+    GBCEConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by, t=t)
+    problem = prepare(hidden, weight, labels, Options(**common))
+    label_logits, others = _stream_negatives(problem, n_negatives, sampler, shared_by, False, "sum")
+    n_excluded = 0 if problem.excluded_ids is None else len(problem.excluded_ids)
+    alpha = n_negatives / max(problem.rows.n_rows - n_excluded - 1, 1)
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+    return problem.reduce((beta * F.softplus(-label_logits) + others) / (n_negatives + 1))
+
+
+def _stream_negatives(
+    problem: Problem,
+    n_negatives: int,
+    sampler: Sampler,
+    shared_by: SharedBy,
+    logq: bool,
+    merge: Merge,
+) -> tuple[Tensor, Tensor]:
+    sequence_ids, n_draws = None, 1
+    if shared_by == "sequence":
+        sequence_ids, n_draws = problem.sequence_ids()
+    negatives = draw_negatives(
+        problem.labels,
+        problem.rows.n_rows,
+        n_negatives=n_negatives,
+        sampler=sampler,
+        n_draws=n_draws,
+        logq=logq,
+        excluded_ids=problem.excluded_ids,
+        generator=problem.options.generator,
+    )
+    plan = sampled_plan(
+        problem.labels,
+        problem.rows.n_rows,
+        negatives,
+        sequence_ids=sequence_ids,
+        merge=merge,
+        tile_bytes=problem.tile_bytes,
+    )
+    return problem.stream(plan)
+
+
+def _check_sampling(
+    n_negatives: int, sampler: str, shared_by: str, samplers: tuple[str, ...]
+) -> None:
+    check_at_least("n_negatives", n_negatives, 1)
+    check_choice("sampler", sampler, samplers)
+    check_choice("shared_by", shared_by, get_args(SharedBy))

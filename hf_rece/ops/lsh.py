@@ -1,0 +1,82 @@
+"""Bucket, stable sort, chunk: how RECE and the stratified loss bring similar vectors together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_rece.ops.rows import OutputRows, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """K sorted vectors, cut into chunks of equal size.
+
+    Args:
+        order: (K,) int32, vector ids sorted by bucket.
+        size: vectors a chunk; the last chunks may be short, or empty.
+        n_chunks: number of chunks.
+    """
+
+    order: Tensor
+    size: int
+    n_chunks: int
+
+    def table(self, padding: int) -> Tensor:
+        """Return (n_chunks, size) int32, the ids of each chunk, filled up with `padding`."""
+        missing = self.n_chunks * self.size - len(self.order)
+        filler = self.order.new_full((missing,), padding)
+        return torch.cat([self.order, filler]).view(self.n_chunks, self.size)
+
+    def positions(self) -> Tensor:
+        """Return (K,) int32, the place of each vector in the sorted order."""
+        places = torch.empty_like(self.order)
+        places[self.order.long()] = torch.arange(
+            len(self.order), dtype=torch.int32, device=self.order.device
+        )
+        return places
+
+    def numbers(self) -> Tensor:
+        """Return (K + 1,), the chunk of each vector; the last entry, for padding, is 0."""
+        # int16 halves the traffic of the (n, m) comparisons that decide about duplicates.
+        dtype = torch.int16 if self.n_chunks < 2**15 else torch.int32
+        numbers = self.positions().div_(self.size, rounding_mode="floor").to(dtype)
+        return torch.cat([numbers, numbers.new_zeros(1)])
+
+
+def random_directions(n: int, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return (n, D) standard normal directions on the device of `hidden` (N, D)."""
+    return torch.randn(
+        n,
+        hidden.shape[1],
+        dtype=accumulation_dtype(hidden.dtype),
+        device=hidden.device,
+        generator=generator,
+    )
+
+
+@torch.no_grad()
+def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
+    """Return (K,) int16 or int32, for each of K vectors the direction it lies closest to.
+
+    Args:
+        vectors: K rows of width D.
+        directions: (B, D); a vector's bucket is argmax over b of <directions[b], vector>.
+        tile_bytes: bytes of one tile of inner products.
+    """
+    n_buckets = len(directions)
+    step = max(64, tile_bytes // (4 * (n_buckets + vectors.width)))
+    dtype = torch.int16 if n_buckets < 2**15 else torch.int32
+    found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
+    for start in range(0, vectors.n_rows, step):
+        piece = slice(start, min(start + step, vectors.n_rows))
+        found[piece] = (vectors.rows(piece).to(directions.dtype) @ directions.T).argmax(1)
+    return found
+
+
+def sort_into_chunks(bucket_of: Tensor, n_chunks: int) -> Chunks:
+    """Sort vectors by bucket, ties in their given order, and cut the order into `n_chunks` chunks."""
+    order = torch.sort(bucket_of, stable=True).indices.to(torch.int32)
+    return Chunks(order, max(1, -(-len(order) // n_chunks)), n_chunks)

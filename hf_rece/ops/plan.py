@@ -1,0 +1,218 @@
+"""A plan says which (token, class) pairs a loss scores; a tile is the part of it scored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_rece.errors import ArgumentError
+
+Merge = Literal["logaddexp", "maximum", "sum"]
+
+# Measured: on a CPU a tile should stay in the cache, on a GPU it should fill the device.
+DEFAULT_TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Below this a matrix product spends its time on being called.
+MIN_TILE_SIDE = 64
+
+
+@dataclass(frozen=True)
+class EarlierRound:
+    """Chunk numbers of one earlier round: the pairs that it found are those within reach.
+
+    Args:
+        token_chunks: (N + 1,) integers; the last, the padding token's, is not read.
+        class_chunks: (C + 1,) integers; the last, the padding class's, is not read.
+        reach: a token meets the classes of chunks at most this far from its own.
+    """
+
+    token_chunks: Tensor
+    class_chunks: Tensor
+    reach: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """G groups; every token of a group meets every class of that group, except what is dropped.
+
+    Args:
+        tokens: (G, n) integers below N; N pads a ragged group.
+        classes: (G, m) integers below C; C pads a ragged group. None with G = 1 means all classes
+            in order, read as slices.
+        skip: (S, 3) int64, sorted by its first column: (group, token position, class position) of
+            single pairs to drop. Labels are dropped so, because they are scored apart.
+        own_labels: (N + 1,) integers: drop every pair whose class is the token's label. For grids
+            where a label's position is not known, or where a class may occur twice in a group.
+        earlier: drop the pairs that these rounds have already scored.
+        blocked: (B,) int64 class ids to drop; only for `classes=None`, elsewhere pad instead.
+        token_log_weight: (G, n), added to all logits of a token, after scale and softcap.
+        class_log_weight: (G, m), added to all logits of a class, after scale and softcap.
+    """
+
+    tokens: Tensor
+    classes: Tensor | None
+    skip: Tensor | None = None
+    own_labels: Tensor | None = None
+    earlier: tuple[EarlierRound, ...] = ()
+    blocked: Tensor | None = None
+    token_log_weight: Tensor | None = None
+    class_log_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pairs that a loss scores, and how a token's scores are reduced.
+
+    Args:
+        grids: walked in order.
+        merge: how the groups of a token are folded: "logaddexp" adds up exponentials; "maximum"
+            keeps the group with the largest log-sum-exp; "sum" adds up softplus(logit), the binary
+            link.
+        n_tokens: N.
+        n_classes: C.
+        tile_bytes: bytes that one tile may take.
+    """
+
+    grids: tuple[Grid, ...]
+    merge: Merge
+    n_tokens: int
+    n_classes: int
+    tile_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a grid that is scored by one batched matrix product.
+
+    Args:
+        tokens: (G, n) int64; N pads.
+        classes: (G, m) int64; C pads. A slice, with G = 1, for consecutive classes.
+        first_group: number of the tile's first group, counted over all grids of the plan.
+        skip: (S,) int64, flat positions in the (G, n, m) logits to drop.
+        dropped: bool, broadcastable to (G, n, m): further pairs to drop.
+        token_log_weight: (G, n) or None.
+        class_log_weight: (G, m) or None.
+    """
+
+    tokens: Tensor
+    classes: Tensor | slice
+    first_group: int
+    skip: Tensor | None
+    dropped: Tensor | None
+    token_log_weight: Tensor | None
+    class_log_weight: Tensor | None
+
+
+def resolve_tile_bytes(tile_bytes: int | None, device: torch.device) -> int:
+    """Return the byte budget of a tile: the caller's, or the device's default.
+
+    Raises:
+        ArgumentError: if `tile_bytes` is not positive.
+    """
+    if tile_bytes is None:
+        return DEFAULT_TILE_BYTES.get(device.type, DEFAULT_TILE_BYTES["cpu"])
+    if tile_bytes <= 0:
+        raise ArgumentError(
+            "tile_bytes", tile_bytes, "a tile needs room", "Pass bytes such as 4 * 2**20, or None"
+        )
+    return tile_bytes
+
+
+def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tuple[int, int, int]:
+    """Return how many groups, tokens and classes go into a tile of `tile_bytes` bytes.
+
+    A tile holds float32 logits and its rows. A group too large for a tile is split, never below
+    MIN_TILE_SIDE tokens and classes: a budget too small for that is exceeded.
+    """
+    budget = max(tile_bytes // 4, 1)
+    whole = n * m + (n + m) * width
+    if whole <= budget:
+        return max(1, min(n_groups, budget // max(whole, 1))), n, m
+    # The side s of a square tile solves s * s + 2 * s * width = budget.
+    side = max(int((width**2 + budget) ** 0.5) - width, MIN_TILE_SIDE)
+    tokens = min(n, max(side, MIN_TILE_SIDE))
+    classes = min(m, max((budget - tokens * width) // (tokens + width), MIN_TILE_SIDE))
+    if classes == m:
+        tokens = min(n, max((budget - m * width) // (m + width), MIN_TILE_SIDE))
+    return 1, tokens, classes
+
+
+def walk(plan: Plan, width: int) -> Iterator[Tile]:
+    """Yield the plan's tiles; two walks of one plan yield the same tiles in the same order."""
+    first_group = 0
+    for grid in plan.grids:
+        n_groups, n = grid.tokens.shape
+        m = plan.n_classes if grid.classes is None else grid.classes.shape[1]
+        step_g, step_n, step_m = tile_shape(n_groups, n, m, width, plan.tile_bytes)
+        for g in range(0, n_groups, step_g):
+            groups = slice(g, min(g + step_g, n_groups))
+            for c in range(0, m, step_m):
+                columns = slice(c, min(c + step_m, m))
+                for t in range(0, n, step_n):
+                    tokens = slice(t, min(t + step_n, n))
+                    yield _cut(plan, grid, groups, tokens, columns, first_group + g)
+        first_group += n_groups
+
+
+def _cut(
+    plan: Plan, grid: Grid, groups: slice, tokens: slice, columns: slice, first_group: int
+) -> Tile:
+    token_ids = grid.tokens[groups, tokens].long()
+    class_ids = columns if grid.classes is None else grid.classes[groups, columns].long()
+    n_columns = columns.stop - columns.start
+    skip = None
+    if grid.skip is not None:
+        skip = _skip_in_tile(grid.skip, groups, tokens, columns)
+    if grid.blocked is not None:
+        inside = grid.blocked[(grid.blocked >= columns.start) & (grid.blocked < columns.stop)]
+        blocked = torch.zeros(n_columns, dtype=torch.bool, device=token_ids.device)
+        dropped = blocked.index_fill_(0, inside - columns.start, True) if len(inside) else None
+    else:
+        dropped = (
+            None if isinstance(class_ids, slice) else _dropped(plan, grid, token_ids, class_ids)
+        )
+    token_weight, class_weight = grid.token_log_weight, grid.class_log_weight
+    return Tile(
+        tokens=token_ids,
+        classes=class_ids,
+        first_group=first_group,
+        skip=skip,
+        dropped=dropped,
+        token_log_weight=None if token_weight is None else token_weight[groups, tokens],
+        class_log_weight=None if class_weight is None else class_weight[groups, columns],
+    )
+
+
+def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor | None:
+    padding = classes.eq(plan.n_classes)  # (G, m)
+    dropped = padding.unsqueeze(1) if bool(padding.any()) else None  # (G, 1, m)
+    for chunks in grid.earlier:
+        distance = chunks.token_chunks[tokens].unsqueeze(2) - chunks.class_chunks[
+            classes
+        ].unsqueeze(1)
+        found = distance.abs_() <= chunks.reach  # (G, n, m)
+        dropped = found if dropped is None else found.logical_or_(dropped)
+    if grid.own_labels is not None:
+        own = grid.own_labels[tokens].unsqueeze(2) == classes.unsqueeze(1)  # (G, n, m)
+        dropped = own if dropped is None else own.logical_or_(dropped)
+    return dropped
+
+
+def _skip_in_tile(skip: Tensor, groups: slice, tokens: slice, columns: slice) -> Tensor | None:
+    first, last = torch.searchsorted(
+        skip[:, 0].contiguous(), torch.tensor([groups.start, groups.stop], device=skip.device)
+    ).tolist()
+    group, token, column = skip[first:last].unbind(1)
+    inside = (
+        (token >= tokens.start)
+        & (token < tokens.stop)
+        & (column >= columns.start)
+        & (column < columns.stop)
+    )
+    n, m = tokens.stop - tokens.start, columns.stop - columns.start
+    flat = ((group - groups.start) * n + token - tokens.start) * m + column - columns.start
+    flat = flat[inside]
+    return flat if len(flat) else None

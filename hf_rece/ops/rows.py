@@ -1,0 +1,111 @@
+"""Output rows: what a loss asks of the output layer, instead of reading its weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hf_rece.errors import ArgumentError
+
+
+@runtime_checkable
+class OutputRows(Protocol):
+    """A table of C output rows of width D, read and differentiated by row.
+
+    Dense weights, adapters on an output layer, compressed and sharded tables all answer this
+    protocol, so that no loss ever needs the whole (C, D) matrix.
+    """
+
+    @property
+    def n_rows(self) -> int:
+        """C, the number of classes."""
+
+    @property
+    def width(self) -> int:
+        """D, the width of a row."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that the rows are made of; autograd differentiates these."""
+
+    def rows(self, ids: Tensor | slice) -> Tensor:
+        """Return rows (K, D) for class ids (K,) int64 or a slice of classes."""
+
+    def add_grad(self, grads: tuple[Tensor, ...], ids: Tensor | slice, grad: Tensor) -> None:
+        """Add the gradient (K, D) of rows `ids` into `grads`, one buffer for each of `tensors()`.
+
+        An id may occur several times in `ids`.
+        """
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Output rows stored as they are.
+
+    Args:
+        weight: (C, D) floating point.
+    """
+
+    weight: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        """C, the number of classes."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the width of a row."""
+        return self.weight.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return `(weight,)`."""
+        return (self.weight,)
+
+    def rows(self, ids: Tensor | slice) -> Tensor:
+        """Return rows (K, D); a slice is a view."""
+        return self.weight[ids] if isinstance(ids, slice) else self.weight.index_select(0, ids)
+
+    def add_grad(self, grads: tuple[Tensor, ...], ids: Tensor | slice, grad: Tensor) -> None:
+        """Add `grad` (K, D) to the rows `ids` of the one gradient buffer."""
+        (buffer,) = grads
+        if isinstance(ids, slice):
+            buffer[ids] += grad
+        else:
+            buffer.index_add_(0, ids, grad.to(buffer.dtype))
+
+
+def as_output_rows(weight: Tensor | OutputRows) -> OutputRows:
+    """Return `weight` as OutputRows.
+
+    Args:
+        weight: (C, D) floating point tensor, or OutputRows, which pass unchanged.
+
+    Raises:
+        ArgumentError: if `weight` is neither.
+    """
+    if isinstance(weight, Tensor):
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[0] == 0:
+            raise ArgumentError(
+                "weight",
+                (tuple(weight.shape), weight.dtype),
+                "output rows are a floating point matrix with a row for each class",
+                "Pass the output layer's weight of shape (classes, width)",
+            )
+        return DenseRows(weight)
+    if isinstance(weight, OutputRows):
+        return weight
+    raise ArgumentError(
+        "weight",
+        type(weight).__name__,
+        "neither a tensor nor OutputRows",
+        "Pass the output layer's weight of shape (classes, width), or an object with "
+        "n_rows, width, tensors, rows and add_grad",
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which logits and gradients of `dtype` inputs are accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

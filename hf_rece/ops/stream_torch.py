@@ -1,0 +1,300 @@
+"""The streaming kernel in plain torch: the specification that faster kernels are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_rece.ops.plan import Plan, Tile, walk
+from hf_rece.ops.rows import OutputRows, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a logit is made: l = softcap(scale * (<h, w> + b)), softcap(z) = c tanh(z / c).
+
+    Args:
+        hidden: (N, D).
+        rows: C rows of width D.
+        bias: (C,) or None.
+        scale: logit_scale.
+        softcap: c, or None for no cap.
+    """
+
+    hidden: Tensor
+    rows: OutputRows
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which logits and gradients are accumulated."""
+        return accumulation_dtype(self.hidden.dtype)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Buffers that a backward walk adds into; None where no gradient is wanted.
+
+    Args:
+        hidden: (N, D) in the accumulation dtype.
+        rows: one buffer for each of the rows' tensors.
+        bias: (C,) in the accumulation dtype.
+    """
+
+    hidden: Tensor | None
+    rows: tuple[Tensor, ...] | None
+    bias: Tensor | None
+
+
+# ----------------------------------------------------------------------------------------- tiles
+
+
+def _tile_inputs(scores: Scores, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return the tile's hidden states (G, n, D) and rows (G, m, D)."""
+    n_groups, n = tile.tokens.shape
+    # Padding tokens and classes read the last row: their logits are dropped or weigh nothing.
+    tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
+    hidden = scores.hidden.index_select(0, tokens).to(scores.dtype).view(n_groups, n, -1)
+    ids = _row_ids(tile, scores.rows.n_rows)
+    rows = scores.rows.rows(ids).to(scores.dtype).view(n_groups, -1, scores.rows.width)
+    return hidden, rows
+
+
+def _row_ids(tile: Tile, n_rows: int) -> Tensor | slice:
+    if isinstance(tile.classes, slice):
+        return tile.classes
+    return tile.classes.reshape(-1).clamp(max=n_rows - 1)
+
+
+def _capped_logits(scores: Scores, tile: Tile, hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return logits (G, n, m) before log-weights and drops."""
+    logits = torch.bmm(hidden, rows.transpose(1, 2))
+    if scores.bias is not None:
+        bias = scores.bias[_row_ids(tile, scores.rows.n_rows)].to(scores.dtype)
+        logits += bias.view(len(rows), 1, -1)
+    return cap_logits(logits, scores.scale, scores.softcap)
+
+
+def cap_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Apply logit_scale, then logit_softcap, in place."""
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _drop(logits: Tensor, tile: Tile) -> Tensor:
+    """Add the class log-weights and set the logits of pairs that are not scored to -inf, in place."""
+    if tile.class_log_weight is not None:
+        logits += tile.class_log_weight.unsqueeze(1)
+    if tile.dropped is not None:
+        logits.masked_fill_(tile.dropped, -torch.inf)
+    if tile.skip is not None:
+        logits.view(-1).index_fill_(0, tile.skip, -torch.inf)
+    return logits
+
+
+# --------------------------------------------------------------------------------------- forward
+
+
+def forward(scores: Scores, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """Return each token's merged scores, -inf (or 0 for "sum") for a token that meets no class.
+
+    Returns:
+        (N + 1,) values in the accumulation dtype; the last belongs to the padding token.
+        (N + 1,) int64 number of the group that won, for merge="maximum"; else None.
+    """
+    if plan.merge == "logaddexp":
+        return _merge_logaddexp(scores, plan), None
+    if plan.merge == "maximum":
+        return _merge_maximum(scores, plan)
+    return _merge_sum(scores, plan), None
+
+
+def _scored_tiles(scores: Scores, plan: Plan) -> Iterator[tuple[Tile, Tensor]]:
+    for tile in walk(plan, scores.rows.width):
+        hidden, rows = _tile_inputs(scores, tile)
+        yield tile, _drop(_capped_logits(scores, tile, hidden, rows), tile)
+
+
+def _max_and_sum(logits: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return (G, n) maxima and sums of exp(logit - maximum), overwriting the logits."""
+    # A finite floor in place of -inf keeps -inf minus the maximum from being NaN.
+    top = logits.amax(2).clamp_(min=torch.finfo(logits.dtype).min)
+    total = logits.sub_(top.unsqueeze(2)).exp_().sum(2)
+    if tile.token_log_weight is not None:
+        top = top + tile.token_log_weight
+    return top, total
+
+
+def _merge_logaddexp(scores: Scores, plan: Plan) -> Tensor:
+    size = (plan.n_tokens + 1,)
+    floor = torch.finfo(scores.dtype).min
+    running_max = scores.hidden.new_full(size, floor, dtype=scores.dtype)
+    running_sum = torch.zeros_like(running_max)
+    for tile, logits in _scored_tiles(scores, plan):
+        top, total = _max_and_sum(logits, tile)
+        tokens = tile.tokens.reshape(-1)
+        old = running_max[tokens]
+        running_max.scatter_reduce_(0, tokens, top.reshape(-1), "amax")
+        new = running_max[tokens]
+        # A token that occurs in several groups of the tile is written the same value each time.
+        running_sum[tokens] = running_sum[tokens] * (old - new).exp_()
+        running_sum.index_add_(0, tokens, total.reshape(-1) * (top.reshape(-1) - new).exp_())
+    return running_sum.log_().add_(running_max)
+
+
+def _merge_maximum(scores: Scores, plan: Plan) -> tuple[Tensor, Tensor]:
+    size = (plan.n_tokens + 1,)
+    best = scores.hidden.new_full(size, -torch.inf, dtype=scores.dtype)
+    winner = torch.full(size, -1, dtype=torch.long, device=best.device)
+    for tile, logits in _scored_tiles(scores, plan):
+        top, total = _max_and_sum(logits, tile)
+        value = total.log_().add_(top)  # (G, n)
+        tokens = tile.tokens.reshape(-1)
+        best.scatter_reduce_(0, tokens, value.reshape(-1), "amax")
+        groups = torch.arange(len(value), device=best.device) + tile.first_group
+        won = (value == best[tile.tokens]) & (value > -torch.inf)
+        # Of groups with equal values, the last one written wins: one group alone, as published.
+        winner[tile.tokens[won]] = groups.unsqueeze(1).expand_as(won)[won]
+    return best, winner
+
+
+def _merge_sum(scores: Scores, plan: Plan) -> Tensor:
+    total = scores.hidden.new_zeros((plan.n_tokens + 1,), dtype=scores.dtype)
+    for tile, logits in _scored_tiles(scores, plan):
+        total.index_add_(0, tile.tokens.reshape(-1), F.softplus(logits).sum(2).reshape(-1))
+    return total
+
+
+# -------------------------------------------------------------------------------------- backward
+
+
+def backward(
+    scores: Scores,
+    plan: Plan,
+    merged: Tensor,
+    winner: Tensor | None,
+    grad: Tensor,
+    into: Gradients,
+) -> None:
+    """Add the gradients of `forward` into the buffers, recomputing the logits tile by tile.
+
+    Args:
+        scores: as in forward.
+        plan: as in forward.
+        merged: (N + 1,), from forward.
+        winner: (N + 1,), from forward.
+        grad: (N + 1,), gradient of the merged values, 0 for the padding token.
+        into: buffers to add into.
+    """
+    shift = _shift(merged, plan)
+    for tile in walk(plan, scores.rows.width):
+        hidden, rows = _tile_inputs(scores, tile)
+        logits = _capped_logits(scores, tile, hidden, rows)
+        slope = None if scores.softcap is None else 1 - (logits / scores.softcap).square_()
+        share = _share(_drop(logits, tile), tile, plan, shift, winner)
+        if slope is not None:
+            share *= slope
+        _add_tile_grads(scores, tile, share, grad[tile.tokens], (hidden, rows), into)
+
+
+def _shift(merged: Tensor, plan: Plan) -> Tensor:
+    """Return what to subtract from a logit so that its exponential is its share of the merge."""
+    shift = merged.masked_fill(merged == -torch.inf, 0)
+    # exp(logit - inf) = 0: the padding token's share, whatever it scored.
+    shift[plan.n_tokens] = torch.inf
+    return shift
+
+
+def _share(logits: Tensor, tile: Tile, plan: Plan, shift: Tensor, winner: Tensor | None) -> Tensor:
+    """Return d merged / d logit (G, n, m), overwriting the logits."""
+    if plan.merge == "sum":
+        return logits.sigmoid_()
+    token_shift = shift[tile.tokens]  # (G, n)
+    if tile.token_log_weight is not None:
+        token_shift = token_shift - tile.token_log_weight
+    if winner is not None:
+        groups = torch.arange(len(logits), device=logits.device) + tile.first_group
+        lost = winner[tile.tokens] != groups.unsqueeze(1)
+        token_shift = token_shift.masked_fill(lost, torch.inf)
+    return logits.sub_(token_shift.unsqueeze(2)).exp_()
+
+
+def _add_tile_grads(
+    scores: Scores,
+    tile: Tile,
+    share: Tensor,
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor],
+    into: Gradients,
+) -> None:
+    hidden, rows = inputs
+    # The token's factor multiplies the narrow (G, n, D) side, not the (G, n, m) shares.
+    factor = (grad * scores.scale).unsqueeze(2)  # (G, n, 1)
+    if into.hidden is not None:
+        tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
+        grad_hidden = torch.bmm(share, rows).mul_(factor)
+        into.hidden.index_add_(0, tokens, grad_hidden.view(len(tokens), -1))
+    ids = _row_ids(tile, scores.rows.n_rows)
+    if into.rows is not None:
+        grad_rows = torch.bmm(share.transpose(1, 2), hidden * factor)
+        scores.rows.add_grad(into.rows, ids, grad_rows.view(-1, scores.rows.width))
+    if into.bias is not None:
+        grad_bias = torch.bmm(share.transpose(1, 2), factor).view(-1)
+        if isinstance(ids, slice):
+            into.bias[ids] += grad_bias
+        else:
+            into.bias.index_add_(0, ids, grad_bias)
+
+
+# ------------------------------------------------------------------------------------ the labels
+
+
+def label_logits(scores: Scores, labels: Tensor, tile_bytes: int) -> Tensor:
+    """Return the logit (N,) of each token's own label (N,)."""
+    pieces = [
+        cap_logits(_pair_scores(scores, piece, ids), scores.scale, scores.softcap)
+        for piece, ids in _label_pieces(scores, labels, tile_bytes)
+    ]
+    return torch.cat(pieces) if pieces else scores.hidden.new_zeros(0, dtype=scores.dtype)
+
+
+def label_backward(
+    scores: Scores, labels: Tensor, grad: Tensor, into: Gradients, tile_bytes: int
+) -> None:
+    """Add the gradients of `label_logits`, whose own gradient is `grad` (N,), into the buffers."""
+    for piece, ids in _label_pieces(scores, labels, tile_bytes):
+        factor = grad[piece] * scores.scale
+        if scores.softcap is not None:
+            logits = cap_logits(_pair_scores(scores, piece, ids), scores.scale, scores.softcap)
+            factor = factor * (1 - (logits / scores.softcap).square_())
+        if into.hidden is not None:
+            into.hidden[piece] += scores.rows.rows(ids).to(scores.dtype) * factor.unsqueeze(1)
+        if into.rows is not None:
+            hidden = scores.hidden[piece].to(scores.dtype)
+            scores.rows.add_grad(into.rows, ids, hidden * factor.unsqueeze(1))
+        if into.bias is not None:
+            into.bias.index_add_(0, ids, factor)
+
+
+def _label_pieces(
+    scores: Scores, labels: Tensor, tile_bytes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, tile_bytes // (8 * scores.rows.width))
+    for start in range(0, len(labels), step):
+        piece = slice(start, start + step)
+        yield piece, labels[piece]
+
+
+def _pair_scores(scores: Scores, piece: slice, ids: Tensor) -> Tensor:
+    hidden = scores.hidden[piece].to(scores.dtype)
+    logits = torch.linalg.vecdot(hidden, scores.rows.rows(ids).to(scores.dtype))
+    return logits if scores.bias is None else logits + scores.bias[ids].to(scores.dtype)

@@ -1,0 +1,256 @@
+"""Streamed top-k over all classes, and the exact rank of a label, without a score matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_rece.errors import ArgumentError
+from hf_rece.ops.plan import resolve_tile_bytes, tile_shape
+from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
+
+# A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
+# tile.
+_SPARSE_SHARE = 1 / 16
+
+
+def streamed_topk(
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    excluded_ids: Tensor | None = None,
+    seen_ids: Tensor | None = None,
+    allowed_ids: Tensor | None = None,
+    tile_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the k classes with the largest scores <h, w> + b of each hidden state, best first.
+
+    Args:
+        hidden: (N, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        k: how many classes, at least 1.
+        bias: (C,) or None.
+        excluded_ids: (E,) int64, classes never returned.
+        seen_ids: (N, S) int64 padded with -1, classes not returned for that hidden state.
+        allowed_ids: (A,) int64 distinct, the only classes returned; None allows all.
+        tile_bytes: bytes of one tile of scores; None for the device's default.
+
+    Returns:
+        scores: (N, k) float32 (float64 for float64 inputs); -inf where fewer than k classes remain.
+        ids: (N, k) int64; -1 where fewer than k classes remain.
+
+    Raises:
+        ArgumentError: if k < 1, shapes disagree or an id is out of range.
+
+    Memory:
+        O(N k) plus one tile.
+    """
+    if k < 1:
+        raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
+    search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
+    scores = hidden.new_full((len(hidden), k), -torch.inf, dtype=search.dtype)
+    ids = torch.full((len(hidden), k), -1, dtype=torch.long, device=hidden.device)
+    for queries, classes, tile in search.tiles():
+        best = _fold_tile(scores[queries], ids[queries], tile, classes)
+        scores[queries], ids[queries] = best
+    return scores, ids
+
+
+def label_rank(
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    excluded_ids: Tensor | None = None,
+    seen_ids: Tensor | None = None,
+    tile_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Count the classes that are scored above each label, and those tied with it.
+
+    The label's rank is `greater + 1` when nothing is tied. Scores closer than the rounding error of
+    their inner products count as tied, so that equal rows tie whatever tile they fall in.
+
+    Args:
+        hidden: (N, D) floating point.
+        weight: (C, D) tensor or OutputRows.
+        labels: (N,) int64 in [0, C).
+        bias: (C,) or None.
+        excluded_ids: (E,) int64, classes that do not compete.
+        seen_ids: (N, S) int64 padded with -1, classes that do not compete for that hidden state.
+            The label itself always does.
+        tile_bytes: bytes of one tile of scores; None for the device's default.
+
+    Returns:
+        greater: (N,) int64, competing classes with a larger score.
+        tied: (N,) int64, competing classes other than the label with an equal score.
+
+    Raises:
+        ArgumentError: if shapes disagree or an id is out of range.
+
+    Memory:
+        O(N) plus one tile.
+    """
+    search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, None, tile_bytes)
+    _check_ids("labels", labels, search.rows.n_rows, padding=False)
+    own_rows = search.rows.rows(labels).to(search.dtype)
+    states = hidden.to(search.dtype)
+    own = torch.linalg.vecdot(states, own_rows)
+    if bias is not None:
+        own += bias[labels].to(search.dtype)
+    # The error of an inner product is bounded by eps times the product of the norms.
+    slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
+    greater = torch.zeros_like(labels)
+    tied = torch.zeros_like(labels)
+    for queries, classes, tile in search.tiles():
+        column = labels[queries] - classes[0]
+        inside = (column >= 0) & (column < tile.shape[1])
+        tile[inside.nonzero()[:, 0], column[inside]] = -torch.inf
+        above = own[queries].unsqueeze(1) + slack[queries].unsqueeze(1)
+        below = own[queries].unsqueeze(1) - slack[queries].unsqueeze(1)
+        n_above = (tile > above).sum(1)
+        greater[queries] += n_above
+        tied[queries] += (tile >= below).sum(1) - n_above
+    return greater, tied
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Everything that a scan over the classes needs, checked."""
+
+    hidden: Tensor
+    rows: OutputRows
+    bias: Tensor | None
+    excluded_ids: Tensor | None
+    seen_ids: Tensor | None
+    allowed_ids: Tensor | None
+    tile_bytes: int
+    dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls,
+        hidden: Tensor,
+        weight: Tensor | OutputRows,
+        bias: Tensor | None,
+        excluded_ids: Tensor | None,
+        seen_ids: Tensor | None,
+        allowed_ids: Tensor | None,
+        tile_bytes: int | None,
+    ) -> _Search:
+        rows = as_output_rows(weight)
+        if hidden.dim() != 2 or hidden.shape[1] != rows.width:
+            raise ArgumentError(
+                "hidden",
+                tuple(hidden.shape),
+                f"the output rows are {rows.width} wide",
+                f"Pass hidden states of shape (N, {rows.width})",
+            )
+        if seen_ids is not None and (seen_ids.dim() != 2 or len(seen_ids) != len(hidden)):
+            raise ArgumentError(
+                "seen_ids",
+                tuple(seen_ids.shape),
+                f"there are {len(hidden)} hidden states",
+                "Pass one row of class ids for each, padded with -1",
+            )
+        for name, ids in (("excluded_ids", excluded_ids), ("allowed_ids", allowed_ids)):
+            if ids is not None:
+                _check_ids(name, ids, rows.n_rows, padding=False)
+        if seen_ids is not None:
+            _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
+        budget = resolve_tile_bytes(tile_bytes, hidden.device)
+        dtype = accumulation_dtype(hidden.dtype)
+        return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
+
+    @torch.no_grad()
+    def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (queries, class ids (m,), scores (n, m)); classes that do not compete score -inf."""
+        n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
+        n_queries = len(self.hidden)
+        _, n, m = tile_shape(1, n_queries, n_classes, self.rows.width, self.tile_bytes)
+        for start in range(0, n_classes, m):
+            columns = slice(start, min(start + m, n_classes))
+            classes, rows, bias = self._columns(columns)
+            for first in range(0, n_queries, n):
+                queries = slice(first, min(first + n, n_queries))
+                scores = self.hidden[queries].to(self.dtype) @ rows.T
+                if bias is not None:
+                    scores += bias
+                self._withdraw(scores, queries, columns, classes)
+                yield queries, classes, scores
+
+    def _columns(self, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        device = self.hidden.device
+        if self.allowed_ids is None:
+            classes = torch.arange(columns.start, columns.stop, device=device)
+            rows, bias = self.rows.rows(columns), None if self.bias is None else self.bias[columns]
+        else:
+            classes = self.allowed_ids[columns]
+            rows, bias = self.rows.rows(classes), None if self.bias is None else self.bias[classes]
+        return classes, rows.to(self.dtype), None if bias is None else bias.to(self.dtype)
+
+    def _withdraw(self, scores: Tensor, queries: slice, columns: slice, classes: Tensor) -> None:
+        if self.excluded_ids is not None:
+            scores.masked_fill_(torch.isin(classes, self.excluded_ids), -torch.inf)
+        if self.seen_ids is None:
+            return
+        seen = self.seen_ids[queries]
+        if self.allowed_ids is None:
+            row, place = ((seen >= columns.start) & (seen < columns.stop)).nonzero().unbind(1)
+            scores[row, seen[row, place] - columns.start] = -torch.inf
+        else:
+            order = classes.argsort()
+            place = torch.searchsorted(classes[order], seen).clamp_(max=len(classes) - 1)
+            found = order[place]  # (n, S) column of each seen class, if it is here at all
+            row, column = (classes[found] == seen).nonzero().unbind(1)
+            scores[row, found[row, column]] = -torch.inf
+
+
+def _fold_tile(scores: Tensor, ids: Tensor, tile: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best k of the running (n, k) and the tile's (n, m), best first."""
+    k = scores.shape[1]
+    row, column = (tile > scores[:, -1:]).nonzero().unbind(1)
+    if len(row) == 0:
+        return scores, ids
+    if len(row) > _SPARSE_SHARE * tile.numel():
+        tile_scores, place = tile.topk(min(k, tile.shape[1]), dim=1)
+        tile_ids = classes[place].masked_fill_(tile_scores == -torch.inf, -1)
+    else:
+        tile_scores, tile_ids = _gather_hits(tile, classes, row, column)
+    scores = torch.cat([scores, tile_scores], dim=1)
+    ids = torch.cat([ids, tile_ids], dim=1)
+    best, place = scores.topk(k, dim=1)
+    return best, ids.gather(1, place)
+
+
+def _gather_hits(
+    tile: Tensor, classes: Tensor, row: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the hits of each row of the tile side by side, padded with (-inf, -1)."""
+    n_hits = torch.bincount(row, minlength=len(tile))
+    first = n_hits.cumsum(0) - n_hits
+    place = torch.arange(len(row), device=row.device) - first[row]
+    width = int(n_hits.max())
+    scores = tile.new_full((len(tile), width), -torch.inf)
+    ids = torch.full((len(tile), width), -1, dtype=torch.long, device=tile.device)
+    scores[row, place] = tile[row, column]
+    ids[row, place] = classes[column]
+    return scores, ids
+
+
+def _check_ids(name: str, ids: Tensor, n_classes: int, *, padding: bool) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < (-1 if padding else 0) or high >= n_classes:
+        raise ArgumentError(
+            name,
+            (low, high),
+            f"smallest and largest id, but there are {n_classes} classes",
+            f"Pass ids from 0 to {n_classes - 1}" + (", padded with -1" if padding else ""),
+        )
