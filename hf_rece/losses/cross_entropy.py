@@ -1,4 +1,4 @@
-"""Exact cross-entropy, streamed: l = log(sum over j of exp(l_j)) - l_y, and never an (N, C) tensor."""
+"""Exact cross-entropy, streamed: log(sum over j of exp(l_j)) - l_y without an (N, C) tensor."""
 
 from __future__ import annotations
 

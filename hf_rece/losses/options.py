@@ -223,7 +223,7 @@ def _excluded_ids(
 ) -> Tensor | None:
     if ids is None or len(ids) == 0:
         return None
-    excluded = torch.as_tensor(ids, dtype=torch.long, device=device).unique()
+    excluded: Tensor = torch.unique(torch.as_tensor(ids, dtype=torch.long, device=device))
     if int(excluded[0]) < 0 or int(excluded[-1]) >= n_classes:
         raise ArgumentError(
             "excluded_ids",
@@ -243,7 +243,7 @@ def _check_values(
     if len(outside):
         raise ArgumentError(
             "labels",
-            outside.unique().tolist()[:5],
+            torch.unique(outside).tolist()[:5],
             f"there are {n_classes} classes",
             f"Pass labels from 0 to {n_classes - 1}, or ignore_index={ignore_index} for tokens "
             "without a label",
@@ -253,7 +253,7 @@ def _check_values(
         if len(clash):
             raise ArgumentError(
                 "labels",
-                clash.unique().tolist()[:5],
+                torch.unique(clash).tolist()[:5],
                 "these classes are in excluded_ids",
                 f"Set them to ignore_index={ignore_index}, or take them out of excluded_ids",
             )

@@ -1,4 +1,4 @@
-"""RECE, reduced cross-entropy: the softmax over the classes that hashing brings near (arXiv 2408.02354)."""
+"""RECE, reduced cross-entropy: the softmax over the classes that hashing brings near."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RECEConfig:
     n_buckets: int | None = field(
         default=None,
         metadata={
-            "help": "Random directions a round. More buckets mean fewer candidates and less memory. "
+            "help": "Random directions a round. More mean fewer candidates and less memory. "
             "None: floor(sqrt(4 buckets_per_chunk (1 + 2 n_extra_chunks) min(C, N)))."
         },
     )
@@ -141,7 +141,7 @@ def rece_loss(
 
 
 def n_buckets_for(config: RECEConfig, n_tokens: int, n_classes: int) -> int:
-    """Return the number of buckets that N tokens and C classes get: given or balanced, then clamped."""
+    """Return the buckets that N tokens and C classes get: given or balanced, then clamped."""
     smaller = max(1, min(n_tokens, n_classes))
     n_buckets = config.n_buckets
     if n_buckets is None:

@@ -1,4 +1,4 @@
-"""Losses over drawn negatives: sampled softmax, binary cross-entropy (BCE), generalised BCE (gBCE)."""
+"""Losses over drawn negatives: sampled softmax, binary cross-entropy and its generalisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_rece.ops.rows import OutputRows
 
 _N_NEGATIVES = {"help": "Negatives a token meets."}
 _SAMPLER = {
-    "help": "uniform; log_uniform, for classes numbered by falling popularity; in_batch, other tokens' "
+    "help": "uniform; log_uniform, for classes numbered by popularity; in_batch, other tokens' "
     "labels (softmax only)."
 }
 _SHARED_BY = {
@@ -151,8 +151,7 @@ def bce_loss(
     shared_by: SharedBy = "batch",
     **common: Unpack[CommonOptions],
 ) -> Tensor:
-    """Return the mean binary cross-entropy of the label against 1 and the negatives against 0, in
-    nats.
+    """Return the binary cross-entropy of label against negatives, averaged, in nats.
 
         loss_i = -(log sigma(l_iy) + sum over draws k of log(1 - sigma(l_ij_k))) / (K + 1)
 

@@ -1,4 +1,4 @@
-"""SCE, scalable cross-entropy: the softmax inside buckets of top tokens and top classes (2409.18721)."""
+"""SCE, scalable cross-entropy: the softmax inside buckets of top tokens and top classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stratified cross-entropy: hard classes exactly, a weighted random block for all the rest (ours)."""
+"""Stratified cross-entropy: hard classes exactly, a weighted random block for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StratifiedConfig:
     n_groups: int | None = field(
         default=None,
         metadata={
-            "help": "Groups of tokens that share a hard set. More groups fit each token better and cost "
+            "help": "Groups of tokens that share a hard set. More fit each token better and cost "
             "a search over all classes each. None: N / 16."
         },
     )
@@ -46,7 +46,7 @@ def stratified_loss(
     n_random: int = 256,
     **common: Unpack[CommonOptions],
 ) -> Tensor:
-    """Return an estimate of the exact cross-entropy, in nats.
+    r"""Return an estimate of the exact cross-entropy, in nats.
 
         loss_i = log(exp(l_iy) + sum over S \\ y of exp(l_ij) + (rest / |R_i|) sum over R_i of
         exp(l_ij)) - l_iy

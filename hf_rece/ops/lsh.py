@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -72,11 +73,11 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     for start in range(0, vectors.n_rows, step):
         piece = slice(start, min(start + step, vectors.n_rows))
-        found[piece] = (vectors.rows(piece).to(directions.dtype) @ directions.T).argmax(1)
+        found[piece] = product(vectors.rows(piece).to(directions.dtype), directions).max(1).indices
     return found
 
 
 def sort_into_chunks(bucket_of: Tensor, n_chunks: int) -> Chunks:
-    """Sort vectors by bucket, ties in their given order, and cut the order into `n_chunks` chunks."""
+    """Sort vectors by bucket, ties in their given order, and cut the order into chunks."""
     order = torch.sort(bucket_of, stable=True).indices.to(torch.int32)
     return Chunks(order, max(1, -(-len(order) // n_chunks)), n_chunks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import stream_torch
 from hf_rece.ops.plan import Plan
-from hf_rece.ops.rows import OutputRows
+from hf_rece.ops.rows import OutputRows, accumulation_dtype
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 Backend = Literal["auto", "torch"]
@@ -57,7 +57,7 @@ def stream(
         raise ArgumentError(
             "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
         )
-    outputs = _Stream.apply(
+    outputs = _Stream.apply(  # type: ignore[no-untyped-call]
         plan, rows, logit_scale, logit_softcap, labels, hidden, bias, *rows.tensors()
     )
     return cast("tuple[Tensor, Tensor]", outputs)
@@ -119,5 +119,5 @@ class _Stream(torch.autograd.Function):
 
 
 def _buffer(tensor: Tensor) -> Tensor:
-    dtype = stream_torch.accumulation_dtype(tensor.dtype)
+    dtype = accumulation_dtype(tensor.dtype)
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_rece.ops.plan import Plan, Tile, walk
+from hf_rece.ops.products import batched_product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -74,7 +75,7 @@ def _row_ids(tile: Tile, n_rows: int) -> Tensor | slice:
 
 def _capped_logits(scores: Scores, tile: Tile, hidden: Tensor, rows: Tensor) -> Tensor:
     """Return logits (G, n, m) before log-weights and drops."""
-    logits = torch.bmm(hidden, rows.transpose(1, 2))
+    logits = batched_product(hidden, rows)
     if scores.bias is not None:
         bias = scores.bias[_row_ids(tile, scores.rows.n_rows)].to(scores.dtype)
         logits += bias.view(len(rows), 1, -1)
@@ -91,7 +92,7 @@ def cap_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _drop(logits: Tensor, tile: Tile) -> Tensor:
-    """Add the class log-weights and set the logits of pairs that are not scored to -inf, in place."""
+    """Add the class log-weights and set logits that are not scored to -inf, in place."""
     if tile.class_log_weight is not None:
         logits += tile.class_log_weight.unsqueeze(1)
     if tile.dropped is not None:
@@ -241,12 +242,13 @@ def _add_tile_grads(
     factor = (grad * scores.scale).unsqueeze(2)  # (G, n, 1)
     if into.hidden is not None:
         tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
-        grad_hidden = torch.bmm(share, rows).mul_(factor)
+        grad_hidden = batched_product(share, rows.transpose(1, 2)).mul_(factor)
         into.hidden.index_add_(0, tokens, grad_hidden.view(len(tokens), -1))
     ids = _row_ids(tile, scores.rows.n_rows)
     if into.rows is not None:
-        grad_rows = torch.bmm(share.transpose(1, 2), hidden * factor)
-        scores.rows.add_grad(into.rows, ids, grad_rows.view(-1, scores.rows.width))
+        weighted = (hidden * factor).transpose(1, 2)  # (G, D, n)
+        grad_rows = batched_product(weighted, share.transpose(1, 2)).transpose(1, 2)
+        scores.rows.add_grad(into.rows, ids, grad_rows.reshape(-1, scores.rows.width))
     if into.bias is not None:
         grad_bias = torch.bmm(share.transpose(1, 2), factor).view(-1)
         if isinstance(ids, slice):
@@ -296,5 +298,5 @@ def _label_pieces(
 
 def _pair_scores(scores: Scores, piece: slice, ids: Tensor) -> Tensor:
     hidden = scores.hidden[piece].to(scores.dtype)
-    logits = torch.linalg.vecdot(hidden, scores.rows.rows(ids).to(scores.dtype))
+    logits: Tensor = torch.linalg.vecdot(hidden, scores.rows.rows(ids).to(scores.dtype))
     return logits if scores.bias is None else logits + scores.bias[ids].to(scores.dtype)

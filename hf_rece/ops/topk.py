@@ -10,11 +10,13 @@ from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.plan import resolve_tile_bytes, tile_shape
+from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
 
 # A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
 # tile.
 _SPARSE_SHARE = 1 / 16
+_QUERIES = 256
 
 
 def streamed_topk(
@@ -53,12 +55,12 @@ def streamed_topk(
     if k < 1:
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
-    scores = hidden.new_full((len(hidden), k), -torch.inf, dtype=search.dtype)
-    ids = torch.full((len(hidden), k), -1, dtype=torch.long, device=hidden.device)
-    for queries, classes, tile in search.tiles():
-        best = _fold_tile(scores[queries], ids[queries], tile, classes)
-        scores[queries], ids[queries] = best
-    return scores, ids
+    found = [_BestOf.make(k, search, queries) for queries in search.query_blocks()]
+    for block in found:
+        for classes, tile in search.tiles(block.queries):
+            block.add(classes, tile)
+    best = [block.sorted() for block in found]
+    return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
 
 
 def label_rank(
@@ -107,15 +109,16 @@ def label_rank(
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
     greater = torch.zeros_like(labels)
     tied = torch.zeros_like(labels)
-    for queries, classes, tile in search.tiles():
-        column = labels[queries] - classes[0]
-        inside = (column >= 0) & (column < tile.shape[1])
-        tile[inside.nonzero()[:, 0], column[inside]] = -torch.inf
-        above = own[queries].unsqueeze(1) + slack[queries].unsqueeze(1)
-        below = own[queries].unsqueeze(1) - slack[queries].unsqueeze(1)
-        n_above = (tile > above).sum(1)
-        greater[queries] += n_above
-        tied[queries] += (tile >= below).sum(1) - n_above
+    for queries in search.query_blocks():
+        above = (own[queries] + slack[queries]).unsqueeze(1)
+        below = (own[queries] - slack[queries]).unsqueeze(1)
+        for classes, tile in search.tiles(queries):
+            column = labels[queries] - classes[0]
+            inside = (column >= 0) & (column < tile.shape[1])
+            tile[inside.nonzero()[:, 0], column[inside]] = -torch.inf
+            n_above = (tile > above).sum(1)
+            greater[queries] += n_above
+            tied[queries] += (tile >= below).sum(1) - n_above
     return greater, tied
 
 
@@ -167,22 +170,27 @@ class _Search:
         dtype = accumulation_dtype(hidden.dtype)
         return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
+    def query_blocks(self) -> Iterator[slice]:
+        """Yield the hidden states in blocks: few, so that a tile spans many classes."""
+        for start in range(0, len(self.hidden), _QUERIES):
+            yield slice(start, min(start + _QUERIES, len(self.hidden)))
+
     @torch.no_grad()
-    def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (queries, class ids (m,), scores (n, m)); classes that do not compete score -inf."""
+    def tiles(self, queries: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (class ids (m,), scores (n, m)), -inf for classes that do not compete."""
         n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
-        n_queries = len(self.hidden)
-        _, n, m = tile_shape(1, n_queries, n_classes, self.rows.width, self.tile_bytes)
-        for start in range(0, n_classes, m):
-            columns = slice(start, min(start + m, n_classes))
+        width = self.rows.width
+        n_queries = queries.stop - queries.start
+        _, _, step = tile_shape(1, n_queries, n_classes, width, self.tile_bytes)
+        hidden = self.hidden[queries].to(self.dtype)
+        for start in range(0, n_classes, step):
+            columns = slice(start, min(start + step, n_classes))
             classes, rows, bias = self._columns(columns)
-            for first in range(0, n_queries, n):
-                queries = slice(first, min(first + n, n_queries))
-                scores = self.hidden[queries].to(self.dtype) @ rows.T
-                if bias is not None:
-                    scores += bias
-                self._withdraw(scores, queries, columns, classes)
-                yield queries, classes, scores
+            scores = product(hidden, rows)
+            if bias is not None:
+                scores += bias
+            self._withdraw(scores, queries, columns, classes)
+            yield classes, scores
 
     def _columns(self, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.hidden.device
@@ -211,21 +219,58 @@ class _Search:
             scores[row, found[row, column]] = -torch.inf
 
 
-def _fold_tile(scores: Tensor, ids: Tensor, tile: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best k of the running (n, k) and the tile's (n, m), best first."""
-    k = scores.shape[1]
-    row, column = (tile > scores[:, -1:]).nonzero().unbind(1)
-    if len(row) == 0:
-        return scores, ids
-    if len(row) > _SPARSE_SHARE * tile.numel():
-        tile_scores, place = tile.topk(min(k, tile.shape[1]), dim=1)
-        tile_ids = classes[place].masked_fill_(tile_scores == -torch.inf, -1)
-    else:
-        tile_scores, tile_ids = _gather_hits(tile, classes, row, column)
-    scores = torch.cat([scores, tile_scores], dim=1)
-    ids = torch.cat([ids, tile_ids], dim=1)
-    best, place = scores.topk(k, dim=1)
-    return best, ids.gather(1, place)
+@dataclass
+class _BestOf:
+    """The k best classes of a block of n queries so far, and later hits not yet sorted in.
+
+    Hits are collected and folded k at a time: a fold costs as much as a scan of many tiles.
+    """
+
+    queries: slice
+    scores: Tensor  # (n, k)
+    ids: Tensor  # (n, k)
+    threshold: Tensor  # (n, 1): only larger scores can still enter
+    pending: list[tuple[Tensor, Tensor]]
+    n_pending: int = 0
+
+    @classmethod
+    def make(cls, k: int, search: _Search, queries: slice) -> _BestOf:
+        shape = (queries.stop - queries.start, k)
+        device = search.hidden.device
+        scores = torch.full(shape, -torch.inf, dtype=search.dtype, device=device)
+        ids = torch.full(shape, -1, dtype=torch.long, device=device)
+        return cls(queries, scores, ids, scores[:, :1].clone(), [])
+
+    def add(self, classes: Tensor, tile: Tensor) -> None:
+        """Take note of the tile's scores (n, m) of the classes (m,)."""
+        row, column = (tile > self.threshold).nonzero().unbind(1)
+        if len(row) == 0:
+            return
+        k = self.scores.shape[1]
+        if len(row) > _SPARSE_SHARE * tile.numel():
+            scores, place = tile.topk(min(k, tile.shape[1]), dim=1, sorted=False)
+            ids = classes[place].masked_fill_(scores == -torch.inf, -1)
+        else:
+            scores, ids = _gather_hits(tile, classes, row, column)
+        self.pending.append((scores, ids))
+        self.n_pending += scores.shape[1]
+        if self.n_pending >= k:
+            self._fold()
+
+    def _fold(self) -> None:
+        scores = torch.cat([self.scores, *(scores for scores, _ in self.pending)], dim=1)
+        ids = torch.cat([self.ids, *(ids for _, ids in self.pending)], dim=1)
+        self.scores, place = scores.topk(self.scores.shape[1], dim=1, sorted=False)
+        self.ids = ids.gather(1, place)
+        self.threshold = self.scores.amin(1, keepdim=True)
+        self.pending, self.n_pending = [], 0
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Return scores (n, k) and class ids (n, k), best first."""
+        if self.pending:
+            self._fold()
+        scores, order = self.scores.sort(dim=1, descending=True)
+        return scores, self.ids.gather(1, order)
 
 
 def _gather_hits(

@@ -132,10 +132,10 @@ def _in_batch(
     labels: Tensor, n_negatives: int, logq: bool, generator: torch.Generator | None
 ) -> Negatives:
     drawn = torch.randperm(len(labels), device=labels.device, generator=generator)[:n_negatives]
-    classes, n_drawn = labels[drawn].unique(return_counts=True)
+    classes, n_drawn = torch.unique(labels[drawn], return_counts=True)
     weight = n_drawn.float()
     if logq:
-        everything, n_occurrences = labels.unique(return_counts=True)
+        everything, n_occurrences = torch.unique(labels, return_counts=True)
         share = n_occurrences[torch.searchsorted(everything, classes)] / len(labels)
         weight = weight / (len(drawn) * share)
     return Negatives(classes.unsqueeze(0), weight.log().unsqueeze(0))

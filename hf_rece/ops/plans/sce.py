@@ -58,7 +58,7 @@ def mixed_directions(
     dtype = accumulation_dtype(hidden.dtype)
     directions = hidden.new_zeros((n_buckets, hidden.shape[1]), dtype=dtype)
     step = max(1, tile_bytes // (4 * n_buckets))
-    for piece in hidden.to(dtype).split(step):
+    for piece in torch.split(hidden.to(dtype), step):
         weights = torch.randn(
             n_buckets, len(piece), dtype=dtype, device=hidden.device, generator=generator
         )

@@ -59,7 +59,7 @@ def stratified_plan(
     tile_bytes: int,
     generator: torch.Generator | None,
 ) -> Plan:
-    """Return each group's hard classes with weight 1, and one random block for each token.
+    r"""Return each group's hard classes with weight 1, and one random block for each token.
 
     Tokens are sorted by one hash of their states, centred on the batch mean, and cut into groups.
     S, the hard set of a group, is the n_hard classes with the largest logit at the group's mean
@@ -201,7 +201,7 @@ def _offset(places: Tensor, first_group: int) -> Tensor:
 
 
 def _skip(pairs: Tensor, tokens: _Blocks, classes: _Blocks) -> Tensor:
-    """Return (P, 3) int64 (block, token position, class position) of (token, class) pairs (P, 2)."""
+    """Return (P, 3) int64 (block, token position, class position) of the pairs (P, 2)."""
     token, column = tokens.place[pairs[:, 0]], classes.place[pairs[:, 1]]
     n_blocks = tokens.n_blocks
     skip = torch.stack([token % n_blocks, token // n_blocks, column // n_blocks], dim=1)
