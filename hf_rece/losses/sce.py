@@ -140,5 +140,5 @@ def _directions(config: SCEConfig, problem: Problem) -> Tensor:
     n_buckets = config.n_buckets or balanced_size(len(problem.labels))
     generator = problem.options.generator
     if config.mix:
-        return mixed_directions(n_buckets, problem.hidden, problem.tile_bytes, generator)
+        return mixed_directions(n_buckets, problem.hidden, generator)
     return random_directions(n_buckets, problem.hidden, generator)

@@ -127,10 +127,11 @@ def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tu
     A tile holds float32 logits and its rows. A group too large for a tile is split, never below
     MIN_TILE_SIDE tokens and classes: a budget too small for that is exceeded.
     """
-    budget = max(tile_bytes // 4, 1)
+    budget = tile_bytes // 4
+    n, m = max(n, 1), max(m, 1)
     whole = n * m + (n + m) * width
     if whole <= budget:
-        return max(1, min(n_groups, budget // max(whole, 1))), n, m
+        return max(1, min(n_groups, budget // whole)), n, m
     # The side s of a square tile solves s * s + 2 * s * width = budget.
     side = max(int((width**2 + budget) ** 0.5) - width, MIN_TILE_SIDE)
     tokens = min(n, max(side, MIN_TILE_SIDE))
@@ -143,10 +144,13 @@ def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tu
 def walk(plan: Plan, width: int) -> Iterator[Tile]:
     """Yield the plan's tiles; two walks of one plan yield the same tiles in the same order."""
     first_group = 0
-    for grid in plan.grids:
+    for grid in plan.grids if plan.n_tokens else ():
         n_groups, n = grid.tokens.shape
         m = plan.n_classes if grid.classes is None else grid.classes.shape[1]
         step_g, step_n, step_m = tile_shape(n_groups, n, m, width, plan.tile_bytes)
+        if plan.merge == "maximum" and step_m < m:
+            # Groups are compared by their whole log-sum-exp: only their tokens may be split.
+            step_n, step_m = max(1, min(n, plan.tile_bytes // (4 * (m + width)))), m
         for g in range(0, n_groups, step_g):
             groups = slice(g, min(g + step_g, n_groups))
             for c in range(0, m, step_m):

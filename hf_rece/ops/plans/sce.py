@@ -9,6 +9,9 @@ from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
 from hf_rece.ops.topk import streamed_topk
 
+# Fixed, so that the draws do not depend on the size of a tile.
+_MIXED_AT_ONCE = 1024
+
 
 @torch.no_grad()
 def sce_plan(
@@ -51,16 +54,13 @@ def sce_plan(
 
 
 @torch.no_grad()
-def mixed_directions(
-    n_buckets: int, hidden: Tensor, tile_bytes: int, generator: torch.Generator | None
-) -> Tensor:
+def mixed_directions(n_buckets: int, hidden: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return (n_buckets, D): Omega^T hidden, random mixtures of the batch's own hidden states."""
     dtype = accumulation_dtype(hidden.dtype)
     directions = hidden.new_zeros((n_buckets, hidden.shape[1]), dtype=dtype)
-    step = max(1, tile_bytes // (4 * n_buckets))
-    for piece in torch.split(hidden.to(dtype), step):
+    for piece in torch.split(hidden, _MIXED_AT_ONCE):
         weights = torch.randn(
             n_buckets, len(piece), dtype=dtype, device=hidden.device, generator=generator
         )
-        directions.addmm_(weights, piece)
+        directions.addmm_(weights, piece.to(dtype))
     return directions
