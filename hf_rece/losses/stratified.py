@@ -53,9 +53,10 @@ def stratified_loss(
 
     S is the hard set of the token's group: the n_hard classes with the largest logits at the
     group's mean state. R_i is the token's random block of classes without S and y, and rest = C - 1
-    - |S \\ y| the number of classes that it stands for. The sum of exponentials is unbiased, so the
-    loss estimates the cross-entropy itself, slightly from below (Jensen's inequality), and comes
-    closer as n_random grows.
+    - |S \\ y| the number of classes that it stands for. The sum of exponentials is unbiased while
+    n_random > n_hard + 1, and nearly so in general (a block that S and y cover stands for nothing),
+    so the loss estimates the cross-entropy itself, slightly from below (Jensen's inequality), and
+    comes closer as n_random grows.
 
     Equals cross_entropy_loss when n_hard or n_random reaches C.
 
