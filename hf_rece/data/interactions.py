@@ -1,0 +1,188 @@
+"""Read an interaction log: who met what, when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import polars as pl
+
+from hf_rece.errors import ArgumentError, DataError
+
+USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+
+
+def load_interactions(
+    source: Any,
+    *,
+    user_column: str = USER,
+    item_column: str = ITEM,
+    time_column: str = TIME,
+    split: str = "train",
+) -> pl.DataFrame:
+    """Return a log as a table with columns user_id, item_id, timestamp.
+
+    Rows are sorted by (user_id, timestamp); rows of one user at one time keep the source's order.
+    Users and items keep their own dtype, integer or string.
+
+    Args:
+        source: path of a CSV, TSV or Parquet file (or a glob of them, or a folder of Parquet
+            files), a polars or pandas DataFrame, a datasets.Dataset, or the Hub id of a dataset.
+        user_column: the source's column of user ids.
+        item_column: the source's column of item ids.
+        time_column: the source's column of times: numbers, datetimes or ISO 8601 strings.
+        split: split to read of a Hub dataset.
+
+    Raises:
+        DataError: if nothing can be read, a column is missing or of no use, a value is null, a time
+            cannot be read, or the log is empty.
+    """
+    frame, name = _read(source, split)
+    columns = {USER: user_column, ITEM: item_column, TIME: time_column}
+    for role, column in columns.items():
+        if column not in frame.columns:
+            raise DataError(
+                name,
+                f"there is no column {column!r}; the columns are {', '.join(frame.columns)}",
+                f"Name the right one with {role.split('_')[0].replace('timestamp', 'time')}_column",
+            )
+    frame = frame.select(pl.col(column).alias(role) for role, column in columns.items())
+    if frame.is_empty():
+        raise DataError(name, "the log is empty", "Pass a log with at least one interaction")
+    _check_nulls(frame, name, columns)
+    frame = frame.with_columns(
+        _ids(frame, USER, name, user_column),
+        _ids(frame, ITEM, name, item_column),
+        _times(frame[TIME], name, time_column),
+    )
+    return frame.sort([USER, TIME], maintain_order=True)
+
+
+def k_core_filter(
+    interactions: pl.DataFrame, *, min_user_interactions: int = 5, min_item_interactions: int = 5
+) -> pl.DataFrame:
+    """Drop rare users and items until all that remain meet both minima.
+
+    Args:
+        interactions: a table as load_interactions returns it.
+        min_user_interactions: fewest interactions of a user that stays.
+        min_item_interactions: fewest interactions of an item that stays.
+
+    Raises:
+        ArgumentError: if a minimum is negative.
+        DataError: if nothing remains.
+    """
+    minima = {USER: min_user_interactions, ITEM: min_item_interactions}
+    for column, minimum in minima.items():
+        if minimum < 0:
+            name = f"min_{column.removesuffix('_id')}_interactions"
+            raise ArgumentError(name, minimum, "negative", "Pass 0 to keep all")
+    before = -1
+    while len(interactions) != before:
+        before = len(interactions)
+        for column, minimum in minima.items():
+            interactions = interactions.filter(pl.len().over(column) >= minimum)
+    if interactions.is_empty():
+        raise DataError(
+            "interactions",
+            f"no user with {min_user_interactions} and item with {min_item_interactions} "
+            "interactions remains",
+            "Lower min_user_interactions or min_item_interactions",
+        )
+    return interactions
+
+
+def _read(source: Any, split: str) -> tuple[pl.DataFrame, str]:
+    if isinstance(source, pl.DataFrame):
+        return source, "the DataFrame"
+    if isinstance(source, (str, Path)):
+        return _read_path(str(source), split)
+    if hasattr(source, "to_polars"):  # datasets.Dataset
+        return cast("pl.DataFrame", source.to_polars()), "the dataset"
+    if type(source).__module__.startswith("pandas"):
+        return pl.from_pandas(source), "the DataFrame"
+    raise DataError(
+        f"source of type {type(source).__name__}",
+        "cannot be read as a log",
+        "Pass a path, a polars or pandas DataFrame, a datasets.Dataset or a Hub id",
+    )
+
+
+def _read_path(source: str, split: str) -> tuple[pl.DataFrame, str]:
+    path = Path(source)
+    suffix = path.suffix.lower()
+    name = path.name
+    if path.is_dir():
+        return pl.read_parquet(path / "**/*.parquet"), name
+    if suffix in {".csv", ".tsv", ".txt", ".inter", ".parquet"}:
+        if "*" not in source and not path.exists():
+            raise DataError(name, "no such file", "Check the path")
+        if suffix == ".parquet":
+            return pl.read_parquet(source), name
+        separator = "," if suffix == ".csv" else "\t"
+        try:
+            return pl.read_csv(source, separator=separator, infer_schema_length=None), name
+        except pl.exceptions.NoDataError as error:
+            raise DataError(name, "the file is empty", "Pass a file with a header") from error
+        except pl.exceptions.ComputeError as error:
+            raise DataError(
+                name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
+            ) from error
+    if source.count("/") > 1 or suffix or path.is_absolute():
+        raise DataError(
+            name, "not a file that can be read", "Pass .csv, .tsv or .parquet, or a Hub dataset id"
+        )
+    from datasets import load_dataset  # heavy, and only Hub users need it
+
+    return cast("pl.DataFrame", load_dataset(source, split=split).to_polars()), source
+
+
+def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> None:
+    for role, column in columns.items():
+        values = frame[role]
+        missing = (
+            values.is_null() | values.is_nan() if values.dtype.is_float() else values.is_null()
+        )
+        if missing.any():
+            raise DataError(
+                f"{name}, column {column!r}",
+                f"{missing.sum()} of {len(frame)} values are missing, the first in row "
+                f"{missing.arg_true()[0]}",
+                "Drop or fill these rows",
+            )
+
+
+def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
+    values = frame[role]
+    if values.dtype.is_integer() or values.dtype == pl.String:
+        return values
+    if values.dtype in (pl.Categorical, pl.Enum):
+        return values.cast(pl.String)
+    if values.dtype.is_float() and (values == values.round()).all():
+        return values.cast(pl.Int64)
+    raise DataError(
+        f"{name}, column {column!r}",
+        f"ids of type {values.dtype} are neither integers nor strings",
+        f"Convert the column, or name another with {role.removesuffix('_id')}_column",
+    )
+
+
+def _times(values: pl.Series, name: str, column: str) -> pl.Series:
+    if values.dtype.is_numeric():
+        return values
+    if values.dtype.is_temporal() and values.dtype in (pl.Date, pl.Datetime):
+        return values.cast(pl.Datetime("us")).dt.epoch("us").alias(TIME)
+    if values.dtype == pl.String:
+        try:
+            return (
+                values.str.to_datetime(time_unit="us", time_zone="UTC").dt.epoch("us").alias(TIME)
+            )
+        except (pl.exceptions.ComputeError, pl.exceptions.InvalidOperationError):
+            numbers = values.cast(pl.Float64, strict=False)
+            if not numbers.is_null().any():
+                return numbers
+    raise DataError(
+        f"{name}, column {column!r}",
+        f"values such as {values[0]!r} cannot be read as times",
+        "Pass numbers, datetimes or ISO 8601 strings such as 2024-05-31T12:00:00",
+    )
