@@ -1,0 +1,1 @@
+"""SASRec, and a recommender over any Hugging Face decoder."""

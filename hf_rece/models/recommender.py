@@ -1,0 +1,396 @@
+"""A recommender over any Hugging Face decoder: items are its tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
+
+from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
+from hf_rece.errors import ArgumentError
+from hf_rece.losses import build_loss, cross_entropy_loss
+from hf_rece.models.sasrec import SASRecConfig
+from hf_rece.ops.topk import label_rank, streamed_topk
+
+
+@strict
+class RecommenderConfig(PreTrainedConfig):
+    """Configuration of RecommenderModel.
+
+    Args:
+        backbone: configuration of any decoder that AutoModel knows, or its dictionary; its
+            vocab_size is overwritten. None for SASRec.
+        vocab_size: items and padding.
+        tie_word_embeddings: score items by their input embeddings; otherwise by rows of their own.
+        output_bias: add a learned bias for each item.
+        loss_type: name of the training loss, see hf_rece.losses.
+        loss_kwargs: its knobs.
+
+    Raises:
+        ArgumentError: for an unknown loss or knob.
+    """
+
+    model_type = "hf_rece_recommender"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012
+
+    backbone: dict[str, Any] | PreTrainedConfig | None = None
+    vocab_size: int = 1000
+    tie_word_embeddings: bool = True
+    output_bias: bool = False
+    loss_type: str = "cross_entropy"
+    loss_kwargs: dict[str, Any] | None = None
+    pad_token_id: int | None = PAD_ID
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone, dict):
+            backbone = dict(self.backbone)
+            model_type = backbone.pop("model_type", SASRecConfig.model_type)
+            known = SASRecConfig if model_type == SASRecConfig.model_type else None
+            self.backbone = (
+                known(**backbone) if known else AutoConfig.for_model(model_type, **backbone)
+            )
+        elif self.backbone is None:
+            self.backbone = SASRecConfig()
+        self.backbone.vocab_size = self.vocab_size
+        self.backbone.pad_token_id = self.pad_token_id
+        self.backbone.use_cache = False
+        self.backbone.bos_token_id = self.backbone.eos_token_id = None
+        build_loss(self.loss_type, **(self.loss_kwargs or {}))
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the backbone's hidden states."""
+        return int(self.backbone.hidden_size)  # type: ignore[union-attr]
+
+
+@dataclass
+class RecommenderOutput(ModelOutput):
+    """What RecommenderModel returns.
+
+    Args:
+        loss: scalar; the training loss in training, the exact cross-entropy in evaluation.
+        last_hidden_state: (B, T, D), without labels.
+        logits: (B, T, C), only with output_logits=True.
+        greater: (N,) int64, for each label the items scored above it, with rank_k.
+        tied: (N,) int64, for each label the other items scored like it, with rank_k.
+        topk_ids: (N, rank_k) int64, for each label the best items, with rank_k.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    logits: Tensor | None = None
+    greater: Tensor | None = None
+    tied: Tensor | None = None
+    topk_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Args:
+        item: the user's own item id.
+        score: its logit.
+    """
+
+    item: Item
+    score: float
+
+
+class RecommenderModel(PreTrainedModel):
+    """Next-item recommender: a decoder whose tokens are items, trained without logits.
+
+    Labels are aligned: labels[t] is the item after input_ids[t]; nothing is shifted.
+
+    Example:
+        >>> config = RecommenderConfig(vocab_size=50, loss_type="rece")
+        >>> model = RecommenderModel(config)
+        >>> ids = torch.randint(1, 50, (2, 7))
+        >>> model(input_ids=ids, labels=ids).loss.shape
+        torch.Size([])
+    """
+
+    config: RecommenderConfig
+    config_class = RecommenderConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
+
+    def __init__(self, config: RecommenderConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone)
+        self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
+        self._tied_weights_keys = {
+            "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
+        }
+        self.tokenizer: ItemTokenizer | None = None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.item_head:
+            std = getattr(self.config.backbone, "initializer_range", 0.02)
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            self.backbone._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the backbone's item embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's item embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output rows' layer."""
+        return self.item_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output rows' layer."""
+        self.item_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        seen_ids: Tensor | None = None,
+        rank_k: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_logits: bool = False,
+        **kwargs: Any,
+    ) -> RecommenderOutput:
+        """Return the loss, or hidden states where there are no labels.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 at items and 0 at padding.
+            labels: (B, T) int64, the item after each position, -100 for none.
+            seen_ids: (B, S) int64 padded with -1: items that do not compete in the ranks of that
+                row.
+            rank_k: in evaluation, rank the labels and return the rank_k best items.
+            num_items_in_batch: labels in all micro-batches of the optimiser step.
+            output_logits: also return logits (B, T, C): the tensor that this package avoids.
+            **kwargs: passed to the backbone.
+
+        Raises:
+            ArgumentError: for labels out of range, and whatever the loss raises.
+        """
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, **kwargs
+        ).last_hidden_state
+        logits = self.item_head(hidden) if output_logits else None
+        if labels is None:
+            return RecommenderOutput(last_hidden_state=hidden, logits=logits)
+        row, position = (labels != -100).nonzero().unbind(1)
+        states, targets = hidden[row, position], labels[row, position]
+        if self.training:
+            loss = self._training_loss(hidden, labels, states, targets, num_items_in_batch)
+            return RecommenderOutput(loss=loss, logits=logits)
+        weight, bias, excluded = self.item_head.weight, self.item_head.bias, self._excluded()
+        loss = cross_entropy_loss(
+            states,
+            weight,
+            targets,
+            bias=bias,
+            excluded_ids=excluded,
+            num_items_in_batch=num_items_in_batch,
+        )
+        output = RecommenderOutput(loss=loss, logits=logits)
+        if rank_k is not None:
+            seen = None if seen_ids is None else seen_ids[row]
+            search = {"bias": bias, "excluded_ids": excluded, "seen_ids": seen}
+            output.greater, output.tied = label_rank(states, weight, targets, **search)
+            output.topk_ids = streamed_topk(states, weight, rank_k, **search)[1]
+        return output
+
+    def _training_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        states: Tensor,
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        knobs = self.config.loss_kwargs or {}
+        loss = build_loss(self.config.loss_type, **knobs)
+        if getattr(loss.config, "shared_by", None) == "sequence":
+            states, targets = hidden, labels  # these negatives need to know the sequences
+        return loss(
+            states,
+            self.item_head.weight,
+            targets,
+            bias=self.item_head.bias,
+            num_items_in_batch=num_items_in_batch,
+            **({} if "excluded_ids" in knobs else {"excluded_ids": self._excluded()}),
+        )
+
+    def _excluded(self) -> Tensor | None:
+        """Return padding, which is never recommended."""
+        pad = self.config.pad_token_id
+        return None if pad is None else torch.tensor([pad], device=self.device)
+
+    # --------------------------------------------------------------------------------- recommending
+
+    @torch.inference_mode()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[Item]],
+        k: int = 10,
+        *,
+        filter_seen: bool = True,
+        allowed_items: Sequence[Item] | None = None,
+        batch_size: int = 256,
+    ) -> list[list[Recommendation]]:
+        """Return the k best next items of each history, best first, in the user's own item ids.
+
+        Items that the model does not know are left out of a history, with one warning that names
+        them. A history without a known item gets an empty answer.
+
+        Args:
+            histories: lists of item ids in order of time.
+            k: items wanted; fewer come back where fewer remain.
+            filter_seen: do not recommend items of the history.
+            allowed_items: recommend only these.
+            batch_size: histories encoded at once.
+
+        Raises:
+            ArgumentError: if the model has no tokenizer, or k < 1.
+            DataError: if an allowed item is unknown.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ArgumentError(
+                "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"
+            )
+        known = [tokenizer.known_items(history) for history in histories]
+        _warn_of_unknown(histories, known)
+        allowed = None
+        if allowed_items is not None:
+            ids = sorted(set(tokenizer.convert_items_to_ids(allowed_items)))
+            allowed = torch.tensor(ids, dtype=torch.long, device=self.device)
+        was_training = self.training
+        self.eval()
+        answers: list[list[Recommendation]] = [[] for _ in histories]
+        answerable = [i for i, history in enumerate(known) if history]
+        for start in range(0, len(answerable), batch_size):
+            rows = answerable[start : start + batch_size]
+            batch = [known[i] for i in rows]
+            scores, ids = self._recommend_ids(tokenizer, batch, k, filter_seen, allowed)
+            for i, row_scores, row_ids in zip(rows, scores.tolist(), ids.tolist(), strict=True):
+                found = [(j, s) for j, s in zip(row_ids, row_scores, strict=True) if j >= 0]
+                items = tokenizer.convert_ids_to_items(j for j, _ in found)
+                answers[i] = [
+                    Recommendation(item, score)
+                    for item, (_, score) in zip(items, found, strict=True)
+                ]
+        self.train(was_training)
+        return answers
+
+    def _recommend_ids(
+        self,
+        tokenizer: ItemTokenizer,
+        histories: list[list[Item]],
+        k: int,
+        filter_seen: bool,
+        allowed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        length = getattr(self.config.backbone, "max_position_embeddings", None)
+        batch = tokenizer(
+            histories,
+            padding=True,
+            truncation=length is not None,
+            max_length=length,
+            padding_side="right",
+            return_tensors="pt",
+        ).to(self.device)
+        hidden = self.backbone(**batch).last_hidden_state
+        last = batch["attention_mask"].sum(1) - 1
+        states = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        seen = None
+        if filter_seen:
+            rows = [torch.tensor(tokenizer.convert_items_to_ids(history)) for history in histories]
+            seen = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            seen = seen.to(self.device)
+        return streamed_topk(
+            states,
+            self.item_head.weight,
+            k,
+            bias=self.item_head.bias,
+            excluded_ids=self._excluded(),
+            seen_ids=seen,
+            allowed_ids=allowed,
+        )
+
+    # ------------------------------------------------------------------------------- saving,
+    # loading
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save config and weights, and the tokenizer where the model has one."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> RecommenderModel:  # type: ignore[override]
+        """Load a saved recommender, with its tokenizer where one is saved beside it."""
+        model = super().from_pretrained(source, *args, **kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        hub = {
+            name: kwargs[name]
+            for name in ("revision", "token", "cache_dir", "local_files_only")
+            if name in kwargs
+        }
+        items_file = ItemTokenizer.vocab_files_names["items_file"]
+        if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
+            loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
+        return model  # type: ignore[no-any-return]
+
+
+def register_auto_classes() -> None:
+    """Make AutoConfig, AutoModel and AutoTokenizer know the models and the tokenizer of hf_rece."""
+    from transformers import AutoTokenizer
+
+    from hf_rece.models.sasrec import SASRecModel
+
+    for config, model in ((SASRecConfig, SASRecModel), (RecommenderConfig, RecommenderModel)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    AutoTokenizer.register(RecommenderConfig, slow_tokenizer_class=ItemTokenizer, exist_ok=True)
+
+
+def _name_of_embeddings(backbone: PreTrainedModel) -> str:
+    embeddings = backbone.get_input_embeddings()
+    return next(name for name, module in backbone.named_modules() if module is embeddings)
+
+
+def _warn_of_unknown(histories: Sequence[Sequence[Item]], known: Sequence[Sequence[Item]]) -> None:
+    unknown = {
+        item
+        for history, kept in zip(histories, known, strict=True)
+        for item in set(history) - set(kept)
+    }
+    if unknown:
+        shown = ", ".join(sorted(map(repr, unknown))[:5])
+        warnings.warn(
+            f"{len(unknown)} items are not in the vocabulary and were left out: {shown}",
+            stacklevel=3,
+        )
