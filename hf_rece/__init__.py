@@ -1,5 +1,88 @@
 """Train recommenders and language models with huge output vocabularies, without the logits."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_rece.data.interactions import k_core_filter, load_interactions
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.splits import leave_one_out_split, temporal_split
+from hf_rece.data.synthetic import generate_interactions
+from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece.losses import (
+    BCEConfig,
+    CrossEntropyConfig,
+    GBCEConfig,
+    RECEConfig,
+    SampledSoftmaxConfig,
+    SCEConfig,
+    StratifiedConfig,
+    bce_loss,
+    build_loss,
+    cross_entropy_loss,
+    gbce_loss,
+    rece_loss,
+    sampled_softmax_loss,
+    sce_loss,
+    stratified_loss,
+)
+from hf_rece.models.recommender import RecommenderConfig, RecommenderModel, register_auto_classes
+from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.trainer import LargeVocabTrainer, RecommenderTrainer
+
+# Training loads accelerate and much else: only those who train pay for it.
+_LAZY = {
+    "LargeVocabTrainer": "hf_rece.training.trainer",
+    "LargeVocabTrainingArguments": "hf_rece.training.args",
+    "RecommenderTrainer": "hf_rece.training.trainer",
+    "RecommenderTrainingArguments": "hf_rece.training.args",
+}
+
+__all__ = [
+    "ArgumentError",
+    "BCEConfig",
+    "CrossEntropyConfig",
+    "DataError",
+    "GBCEConfig",
+    "HfReceError",
+    "ItemTokenizer",
+    "LargeVocabTrainer",
+    "LargeVocabTrainingArguments",
+    "RECEConfig",
+    "RecommenderConfig",
+    "RecommenderModel",
+    "RecommenderTrainer",
+    "RecommenderTrainingArguments",
+    "SASRecConfig",
+    "SASRecModel",
+    "SCEConfig",
+    "SampledSoftmaxConfig",
+    "StratifiedConfig",
+    "__version__",
+    "bce_loss",
+    "build_loss",
+    "cross_entropy_loss",
+    "gbce_loss",
+    "generate_interactions",
+    "k_core_filter",
+    "leave_one_out_split",
+    "load_interactions",
+    "rece_loss",
+    "sampled_softmax_loss",
+    "sce_loss",
+    "stratified_loss",
+    "temporal_split",
+]
+
+register_auto_classes()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

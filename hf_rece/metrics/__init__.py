@@ -1,0 +1,1 @@
+"""Ranking metrics over the full catalogue, from rank counts."""

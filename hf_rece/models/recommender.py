@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file, can_return_tuple
 
 from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
-from hf_rece.models.sasrec import SASRecConfig
+from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 
@@ -132,7 +132,10 @@ class RecommenderModel(PreTrainedModel):
 
     def __init__(self, config: RecommenderConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone)
+        if isinstance(config.backbone, SASRecConfig):
+            self.backbone: PreTrainedModel = SASRecModel(config.backbone)
+        else:
+            self.backbone = AutoModel.from_config(config.backbone)
         self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self._tied_weights_keys = {
             "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
@@ -367,10 +370,6 @@ class RecommenderModel(PreTrainedModel):
 
 def register_auto_classes() -> None:
     """Make AutoConfig, AutoModel and AutoTokenizer know the models and the tokenizer of hf_rece."""
-    from transformers import AutoTokenizer
-
-    from hf_rece.models.sasrec import SASRecModel
-
     for config, model in ((SASRecConfig, SASRecModel), (RecommenderConfig, RecommenderModel)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)

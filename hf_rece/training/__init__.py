@@ -1,0 +1,1 @@
+"""Trainer for models with huge vocabularies."""

@@ -49,7 +49,11 @@ def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, fl
 
     def step(n_tokens: int | None = None, n_classes: int | None = None) -> float:
         start = time.perf_counter()
-        inputs = hidden[:n_tokens], weight[:n_classes], labels[:n_tokens] % (n_classes or len(weight))
+        inputs = (
+            hidden[:n_tokens],
+            weight[:n_classes],
+            labels[:n_tokens] % (n_classes or len(weight)),
+        )
         loss = dense(*inputs) if loss_type == DENSE else build_loss(loss_type)(*inputs)
         loss.backward()
         return time.perf_counter() - start
@@ -82,7 +86,9 @@ def show(rows: dict[str, dict[str, float]], shape: dict[str, int], floor: float)
     for name, row in rows.items():
         ratio = row["seconds"] / rows[reference]["seconds"]
         row[f"time_over_{reference}"] = round(ratio, 4)
-        table.add_row(name, f"{row['extra_peak_mib']:,.0f}", f"{row['seconds']:.3f}", f"{ratio:.4f}")
+        table.add_row(
+            name, f"{row['extra_peak_mib']:,.0f}", f"{row['seconds']:.3f}", f"{ratio:.4f}"
+        )
     Console().print(table)
 
 

@@ -1,0 +1,75 @@
+"""Training arguments: transformers' own, and what a loss over a huge vocabulary adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from hf_rece.errors import ArgumentError
+from hf_rece.losses import build_loss
+
+
+@dataclass
+class LargeVocabTrainingArguments(TrainingArguments):
+    """TrainingArguments with the training loss.
+
+    Raises:
+        ArgumentError: for an unknown loss or knob, or knobs without a loss.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "loss_kwargs",
+    ]
+
+    loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training loss: cross_entropy, rece, sce, stratified, sampled_softmax, bce, gbce. "
+            "None keeps the loss of the model's configuration."
+        },
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Knobs of the loss as JSON, such as '{\"n_rounds\": 4}'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type is None and self.loss_kwargs:
+            raise ArgumentError(
+                "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"
+            )
+        if isinstance(self.loss_kwargs, str):
+            raise ArgumentError(
+                "loss_kwargs", self.loss_kwargs, "not a JSON object", "Pass '{\"knob\": value}'"
+            )
+        if self.loss_type is not None:
+            build_loss(self.loss_type, **(self.loss_kwargs or {}))
+
+
+@dataclass
+class RecommenderTrainingArguments(LargeVocabTrainingArguments):
+    """LargeVocabTrainingArguments with what next-item training and ranking need."""
+
+    max_length: int = field(
+        default=50, metadata={"help": "Most recent items of a history that are read."}
+    )
+    ranking_ks: list[int] = field(
+        default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs of the ranking metrics."}
+    )
+    filter_seen: bool = field(
+        default=True, metadata={"help": "Leave items of the history out of the ranking."}
+    )
+    # The collator reads item_ids and target_id, which are no arguments of the model.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns that the model does not take."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ranking_ks or min(self.ranking_ks) < 1:
+            raise ArgumentError(
+                "ranking_ks", self.ranking_ks, "no cut-offs", "Pass integers such as 5 10 20"
+            )

@@ -1,0 +1,185 @@
+"""Trainer whose loss never builds logits, and whose evaluation ranks the full catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+
+from hf_rece.data.collator import SequenceCollator
+from hf_rece.data.splits import HISTORY, TARGET
+from hf_rece.errors import ArgumentError
+from hf_rece.metrics.ranking import coverage_at_k, ranking_metrics
+from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+
+
+class LargeVocabTrainer(Trainer):
+    """Trainer that sets the training loss by name.
+
+    The loss goes into the model's configuration, so that it is saved with the model. Evaluation is
+    always by exact cross-entropy, whatever the training loss: values compare across losses and
+    their knobs.
+
+    Args:
+        model: a model whose configuration holds loss_type and loss_kwargs, such as
+            RecommenderModel.
+        args: LargeVocabTrainingArguments.
+        **kwargs: passed to transformers.Trainer.
+
+    Raises:
+        ArgumentError: if args name a loss and the model's configuration has no place for it.
+    """
+
+    args: LargeVocabTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: LargeVocabTrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None and args is not None and args.loss_type is not None:
+            config = getattr(model, "config", None)
+            if not hasattr(config, "loss_kwargs"):
+                raise ArgumentError(
+                    "model",
+                    type(model).__name__,
+                    f"its configuration has no place for loss_type={args.loss_type!r}",
+                    "Pass a RecommenderModel",
+                )
+            config.loss_type, config.loss_kwargs = args.loss_type, args.loss_kwargs
+        super().__init__(model=model, args=args, **kwargs)
+
+
+class RecommenderTrainer(LargeVocabTrainer):
+    """Trains a RecommenderModel on sequences and ranks the full catalogue for evaluation.
+
+    Datasets are those of leave_one_out_split and temporal_split. Evaluation reports the exact loss
+    and ndcg@k, hr@k, recall@k, mrr@k, coverage@k, which serve as metric_for_best_model
+    (eval_ndcg@10). Predictions are (items above the target, items tied with it, top-k ids), of the
+    size of the users: no (users x catalogue) matrix is ever made.
+
+    Args:
+        model: RecommenderModel.
+        args: RecommenderTrainingArguments.
+        **kwargs: passed to transformers.Trainer. data_collator defaults to SequenceCollator,
+            processing_class to the model's tokenizer.
+
+    Raises:
+        ArgumentError: as LargeVocabTrainer, or if an evaluation dataset has no target_id.
+    """
+
+    args: RecommenderTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: RecommenderTrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = RecommenderTrainingArguments(output_dir="recommender")
+        kwargs.setdefault("data_collator", SequenceCollator(args.max_length))
+        kwargs.setdefault("compute_metrics", self._ranking_metrics)
+        kwargs.setdefault("processing_class", getattr(model, "tokenizer", None))
+        train = kwargs.get("train_dataset")
+        if args.train_sampling_strategy == "group_by_length" and isinstance(train, Dataset):
+            kwargs["train_dataset"] = _with_lengths(train, args.length_column_name)
+        super().__init__(model=model, args=args, **kwargs)
+        # Trainer looks for labels among the model's arguments, which its wrappers may hide.
+        self.label_names = ["labels"]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the evaluation batches.
+
+        Raises:
+            ArgumentError: if the dataset has no target_id.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, Mapping) and isinstance(eval_dataset, str):
+            dataset = dataset[eval_dataset]
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and TARGET not in columns:
+            raise ArgumentError(
+                "eval_dataset",
+                columns,
+                f"there is no column {TARGET!r} to rank",
+                "Pass the validation or test part of a split",
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Return the exact loss, the rank counts and top-k ids, and the targets of a batch."""
+        inputs = self._prepare_inputs(inputs)
+        if not self.args.filter_seen:
+            inputs = {name: value for name, value in inputs.items() if name != "seen_ids"}
+        rank_k = None if prediction_loss_only else max(self.args.ranking_ks)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, rank_k=rank_k)
+        loss = output.loss.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        labels = inputs["labels"]
+        targets = labels[labels != -100]
+        return loss, (output.greater, output.tied, output.topk_ids), targets
+
+    def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        greater, tied, topk_ids = prediction.predictions
+        config = cast("Any", self.accelerator.unwrap_model(self.model)).config
+        n_items = config.vocab_size - (config.pad_token_id is not None)
+        return ranking_metrics(
+            greater, tied, ks=self.args.ranking_ks, topk_ids=topk_ids, n_items=n_items
+        )
+
+
+def most_popular_metrics(
+    train: Dataset, evaluation: Dataset, n_items: int, *, ks: list[int], filter_seen: bool = True
+) -> dict[str, float]:
+    """Return the ranking metrics of recommending the most popular items to everyone.
+
+    Args:
+        train: the train part of a split; counts its items.
+        evaluation: the validation or test part.
+        n_items: items in the catalogue; token ids run from 1 to n_items.
+        ks: cut-offs.
+        filter_seen: leave items of the history out of the ranking.
+    """
+    histories = train.with_format("numpy")[HISTORY]
+    popularity = np.bincount(np.concatenate(list(histories)), minlength=n_items + 1)[1:]
+    by_popularity = np.sort(popularity)
+    best_first = np.argsort(-popularity, kind="stable") + 1
+    greater, tied, topk_ids = [], [], []
+    for row in evaluation:
+        target = row[TARGET]
+        seen = np.setdiff1d(row[HISTORY], target) if filter_seen else np.empty(0, dtype=np.int64)
+        own, of_seen = popularity[target - 1], popularity[seen - 1]
+        not_above = np.searchsorted(by_popularity, own, side="right")
+        below = np.searchsorted(by_popularity, own, side="left")
+        greater.append(n_items - not_above - int((of_seen > own).sum()))
+        tied.append(not_above - below - 1 - int((of_seen == own).sum()))
+        head = best_first[: max(ks) + len(seen)]
+        topk_ids.append(head[~np.isin(head, seen)][: max(ks)])
+    metrics = ranking_metrics(np.array(greater), np.array(tied), ks=ks)
+    width = max(ks)
+    padded = np.full((len(topk_ids), width), -1)
+    for i, ids in enumerate(topk_ids):
+        padded[i, : len(ids)] = ids
+    return metrics | {f"coverage@{k}": coverage_at_k(padded, n_items, k) for k in ks}
+
+
+def _with_lengths(dataset: Dataset, column: str) -> Dataset:
+    if column in dataset.column_names:
+        return dataset
+    lengths = [len(history) for history in dataset.with_format("numpy")[HISTORY]]
+    return dataset.add_column(column, lengths)
