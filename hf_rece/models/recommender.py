@@ -140,6 +140,8 @@ class RecommenderModel(PreTrainedModel):
         self._tied_weights_keys = {
             "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
         }
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = {"item_head.weight"}
         self.tokenizer: ItemTokenizer | None = None
         self.post_init()
 

@@ -111,6 +111,8 @@ class RecommenderTrainer(LargeVocabTrainer):
                 f"there is no column {TARGET!r} to rank",
                 "Pass the validation or test part of a split",
             )
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset):
+            eval_dataset = _with_lengths(dataset, self.args.length_column_name)
         return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(

@@ -19,7 +19,7 @@ def environment() -> dict[str, object]:
         check=False,
     ).stdout.strip()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name for word in sys.argv),
         "commit": commit,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "hf_rece")},
