@@ -110,7 +110,7 @@ class ItemTokenizer(PythonBackend):
             )
         return [self.items[token - 1] for token in ids]
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         histories: Sequence[Item] | Sequence[Sequence[Item]],
         *,
@@ -142,7 +142,10 @@ class ItemTokenizer(PythonBackend):
         encoded = [self.convert_items_to_ids(row) for row in rows]
         if truncation:
             encoded = [row[-min(limit, len(row)) :] if row else row for row in encoded]
-        batch = {"input_ids": encoded, "attention_mask": [[1] * len(row) for row in encoded]}
+        batch: dict[str, Any] = {
+            "input_ids": encoded,
+            "attention_mask": [[1] * len(row) for row in encoded],
+        }
         if single and return_tensors is None:
             batch = {name: values[0] for name, values in batch.items()}
         return self.pad(

@@ -25,6 +25,29 @@ from hf_rece.losses.sce import SCEConfig, sce_loss
 from hf_rece.losses.stratified import StratifiedConfig, stratified_loss
 from hf_rece.ops.rows import OutputRows
 
+__all__ = [
+    "LOSSES",
+    "BCEConfig",
+    "CrossEntropyConfig",
+    "GBCEConfig",
+    "Loss",
+    "LossConfig",
+    "LossEntry",
+    "LossName",
+    "RECEConfig",
+    "SCEConfig",
+    "SampledSoftmaxConfig",
+    "StratifiedConfig",
+    "bce_loss",
+    "build_loss",
+    "cross_entropy_loss",
+    "gbce_loss",
+    "rece_loss",
+    "sampled_softmax_loss",
+    "sce_loss",
+    "stratified_loss",
+]
+
 LossName = Literal["cross_entropy", "rece", "sce", "stratified", "sampled_softmax", "bce", "gbce"]
 LossConfig = (
     CrossEntropyConfig

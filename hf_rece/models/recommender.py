@@ -13,7 +13,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
@@ -169,7 +170,7 @@ class RecommenderModel(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output rows' layer."""
-        self.item_head = value
+        self.item_head = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
@@ -222,7 +223,7 @@ class RecommenderModel(PreTrainedModel):
         output = RecommenderOutput(loss=loss, logits=logits)
         if rank_k is not None:
             seen = None if seen_ids is None else seen_ids[row]
-            search = {"bias": bias, "excluded_ids": excluded, "seen_ids": seen}
+            search: Any = {"bias": bias, "excluded_ids": excluded, "seen_ids": seen}
             output.greater, output.tied = label_rank(states, weight, targets, **search)
             output.topk_ids = streamed_topk(states, weight, rank_k, **search)[1]
         return output
@@ -235,7 +236,7 @@ class RecommenderModel(PreTrainedModel):
         targets: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        knobs = self.config.loss_kwargs or {}
+        knobs = {"excluded_ids": self._excluded(), **(self.config.loss_kwargs or {})}
         loss = build_loss(self.config.loss_type, **knobs)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
@@ -245,7 +246,6 @@ class RecommenderModel(PreTrainedModel):
             targets,
             bias=self.item_head.bias,
             num_items_in_batch=num_items_in_batch,
-            **({} if "excluded_ids" in knobs else {"excluded_ids": self._excluded()}),
         )
 
     def _excluded(self) -> Tensor | None:
@@ -290,8 +290,8 @@ class RecommenderModel(PreTrainedModel):
         _warn_of_unknown(histories, known)
         allowed = None
         if allowed_items is not None:
-            ids = sorted(set(tokenizer.convert_items_to_ids(allowed_items)))
-            allowed = torch.tensor(ids, dtype=torch.long, device=self.device)
+            allowed_ids = sorted(set(tokenizer.convert_items_to_ids(allowed_items)))
+            allowed = torch.tensor(allowed_ids, dtype=torch.long, device=self.device)
         was_training = self.training
         self.eval()
         answers: list[list[Recommendation]] = [[] for _ in histories]
@@ -348,14 +348,18 @@ class RecommenderModel(PreTrainedModel):
     # ------------------------------------------------------------------------------- saving,
     # loading
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
         """Save config and weights, and the tokenizer where the model has one."""
         super().save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> RecommenderModel:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, *args: Any, **kwargs: Any
+    ) -> RecommenderModel:
         """Load a saved recommender, with its tokenizer where one is saved beside it."""
         model = super().from_pretrained(source, *args, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
@@ -367,7 +371,7 @@ class RecommenderModel(PreTrainedModel):
         items_file = ItemTokenizer.vocab_files_names["items_file"]
         if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
             loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
-        return model  # type: ignore[no-any-return]
+        return model
 
 
 def register_auto_classes() -> None:
@@ -380,7 +384,8 @@ def register_auto_classes() -> None:
 
 def _name_of_embeddings(backbone: PreTrainedModel) -> str:
     embeddings = backbone.get_input_embeddings()
-    return next(name for name, module in backbone.named_modules() if module is embeddings)
+    names: dict[int, str] = {id(module): name for name, module in backbone.named_modules()}
+    return names[id(embeddings)]
 
 
 def _warn_of_unknown(histories: Sequence[Sequence[Item]], known: Sequence[Sequence[Item]]) -> None:

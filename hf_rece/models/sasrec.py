@@ -133,7 +133,8 @@ class SASRecAttention(nn.Module):
             scaling=self.head_dim**-0.5,
             **kwargs,
         )
-        return self.o_proj(mixed.reshape(hidden.shape)), weights
+        output: Tensor = self.o_proj(mixed.reshape(hidden.shape))
+        return output, weights
 
 
 class SASRecLayer(GradientCheckpointingLayer):
@@ -157,16 +158,19 @@ class SASRecLayer(GradientCheckpointingLayer):
         """Return (B, T, D)."""
         if self.norm_first:
             hidden = hidden + self._attend(self.attention_norm(hidden), attention_mask, **kwargs)
-            return hidden + self._feed_forward(self.feed_forward_norm(hidden))
-        hidden = self.attention_norm(hidden + self._attend(hidden, attention_mask, **kwargs))
-        return self.feed_forward_norm(hidden + self._feed_forward(hidden))
+            hidden = hidden + self._feed_forward(self.feed_forward_norm(hidden))
+        else:
+            hidden = self.attention_norm(hidden + self._attend(hidden, attention_mask, **kwargs))
+            hidden = self.feed_forward_norm(hidden + self._feed_forward(hidden))
+        return hidden
 
     def _attend(self, hidden: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        mixed, _ = self.attention(hidden, attention_mask=attention_mask, **kwargs)
-        return self.dropout(mixed)
+        mixed: Tensor = self.attention(hidden, attention_mask=attention_mask, **kwargs)[0]
+        return self.dropout(mixed)  # type: ignore[no-any-return]
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden)))))
+        wide = self.dropout(self.activation(self.up_proj(hidden)))
+        return self.dropout(self.down_proj(wide))  # type: ignore[no-any-return]
 
 
 class SASRecPreTrainedModel(PreTrainedModel):
@@ -227,7 +231,7 @@ class SASRecModel(SASRecPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the item embeddings."""
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     @capture_outputs
     def forward(

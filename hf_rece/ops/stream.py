@@ -57,7 +57,7 @@ def stream(
         raise ArgumentError(
             "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
         )
-    outputs = _Stream.apply(  # type: ignore[no-untyped-call]
+    outputs = _Stream.apply(
         plan, rows, logit_scale, logit_softcap, labels, hidden, bias, *rows.tensors()
     )
     return cast("tuple[Tensor, Tensor]", outputs)

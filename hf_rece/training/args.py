@@ -19,7 +19,7 @@ class LargeVocabTrainingArguments(TrainingArguments):
         ArgumentError: for an unknown loss or knob, or knobs without a loss.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
         *TrainingArguments._VALID_DICT_FIELDS,
         "loss_kwargs",
     ]
@@ -27,8 +27,8 @@ class LargeVocabTrainingArguments(TrainingArguments):
     loss_type: str | None = field(
         default=None,
         metadata={
-            "help": "Training loss: cross_entropy, rece, sce, stratified, sampled_softmax, bce, gbce. "
-            "None keeps the loss of the model's configuration."
+            "help": "Training loss: cross_entropy, rece, sce, stratified, sampled_softmax, bce or "
+            "gbce. None keeps the loss of the model's configuration."
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(

@@ -44,7 +44,7 @@ class LargeVocabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if model is not None and args is not None and args.loss_type is not None:
-            config = getattr(model, "config", None)
+            config: Any = getattr(model, "config", None)
             if not hasattr(config, "loss_kwargs"):
                 raise ArgumentError(
                     "model",
@@ -137,7 +137,7 @@ class RecommenderTrainer(LargeVocabTrainer):
         return loss, (output.greater, output.tied, output.topk_ids), targets
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        greater, tied, topk_ids = prediction.predictions
+        greater, tied, topk_ids = cast("Any", prediction.predictions)
         config = cast("Any", self.accelerator.unwrap_model(self.model)).config
         n_items = config.vocab_size - (config.pad_token_id is not None)
         return ranking_metrics(

@@ -5,8 +5,8 @@
 
 Leave-one-out, full ranking, seen items filtered, test metrics of the best of eight points
 by validation NDCG@10.
-Each training runs in a fresh process and adds one line to results/beauty.jsonl; lines that are there
-already are not run again. `--table` only prints what is there.
+Each training runs in a fresh process and adds one line to results/beauty.jsonl; lines that are
+there already are not run again. `--table` only prints what is there.
 """
 
 import argparse

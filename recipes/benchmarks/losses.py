@@ -1,11 +1,12 @@
-"""Measure the extra peak memory and the time of one loss + backward on the CPU, each in a fresh process.
+"""Measure the extra peak memory and the time of one loss + backward on the CPU, each in a fresh
+process.
 
     python recipes/benchmarks/losses.py                                    # N=4096, C=100,000, D=64
     python recipes/benchmarks/losses.py --tokens 25600 --classes 1000000 --skip dense --repeats 1
 
-Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the peak
-resident size during loss + backward is read, less the resident size before; a run on 64 tokens has loaded
-the code. Time: the median of the repeats
+Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the
+peak resident size during loss + backward is read, less the resident size before; a run on 64 tokens
+has loaded the code. Time: the median of the repeats
 after one warm-up, all losses in one run of this script. Writes results/losses_N_C_D.json.
 """
 

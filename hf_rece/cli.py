@@ -1,0 +1,182 @@
+"""`hf-rece`: train, evaluate and recommend from the shell, each a function of the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from hf_rece.errors import ArgumentError, HfReceError
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.run import (
+    DataArguments,
+    ModelArguments,
+    evaluate_recommender,
+    prepare_log,
+    show_metrics,
+    show_recommendations,
+    train_recommender,
+)
+from hf_rece.training.trainer import RecommenderTrainer
+
+USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
+
+  train      train a recommender on a log, or on an embedded synthetic one
+  evaluate   rank the full catalogue for the test users of a log
+  recommend  recommend next items for histories
+
+hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
+
+
+@dataclass
+class TrainDefaults(RecommenderTrainingArguments):
+    """Training arguments with defaults that suit a first run on a CPU."""
+
+    output_dir: str | None = field(
+        default="recommender", metadata={"help": "Folder of the checkpoints and the final model."}
+    )
+    num_train_epochs: float = field(default=15.0, metadata={"help": "Passes over the users."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Users a step."})
+    per_device_eval_batch_size: int = field(default=512, metadata={"help": "Users at once."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=50, metadata={"help": "Steps, or a share below 1."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to validate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Return to the best checkpoint."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_ndcg@10", metadata={"help": "What makes a checkpoint the best."}
+    )
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the loss."})
+
+
+@dataclass
+class RecommendArguments:
+    """What to recommend, and with which model."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a saved recommender."})
+    history: list[str] = field(
+        default_factory=list, metadata={"help": "One history: item ids in order of time."}
+    )
+    histories_file: str | None = field(
+        default=None, metadata={"help": "JSON lines, each a list of item ids, in place of history."}
+    )
+    k: int = field(default=10, metadata={"help": "Items to recommend."})
+    keep_seen: bool = field(default=False, metadata={"help": "Recommend items of the history too."})
+
+    def __post_init__(self) -> None:
+        if bool(self.history) == bool(self.histories_file):
+            raise ArgumentError(
+                "history",
+                self.history,
+                "needs exactly one source",
+                "Pass history or histories_file",
+            )
+
+
+@dataclass
+class EvaluateArguments:
+    """Which model to evaluate."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a saved recommender."})
+    per_device_eval_batch_size: int = field(default=512, metadata={"help": "Users at once."})
+
+
+def train(words: Sequence[str] | None = None) -> None:
+    """Train a recommender; print its test metrics beside a baseline's, and some recommendations."""
+    data, model, training = parse((DataArguments, ModelArguments, TrainDefaults), words, "train")
+    run = train_recommender(data, model, training)
+    show_metrics({"most popular": run.baseline, str(run.model.config.loss_type): run.metrics})
+    show_recommendations(run)
+    Console().print(f"Model saved in {training.output_dir}")
+
+
+def evaluate(words: Sequence[str] | None = None) -> None:
+    """Print the test metrics of a saved recommender on a log."""
+    data, which = parse((DataArguments, EvaluateArguments), words, "evaluate")
+    model = RecommenderModel.from_pretrained(which.model_name_or_path)
+    _, splits = prepare_log(data, model.tokenizer)
+    training = RecommenderTrainingArguments(
+        per_device_eval_batch_size=which.per_device_eval_batch_size
+    )
+    show_metrics({"model": evaluate_recommender(RecommenderTrainer(model, training), splits)})
+
+
+def recommend(words: Sequence[str] | None = None) -> None:
+    """Print the best next items of each history."""
+    (arguments,) = parse((RecommendArguments,), words, "recommend")
+    model = RecommenderModel.from_pretrained(arguments.model_name_or_path)
+    histories = [arguments.history]
+    if arguments.histories_file:
+        lines = Path(arguments.histories_file).read_text("utf-8").splitlines()
+        histories = [json.loads(line) for line in lines if line.strip()]
+    elif model.tokenizer is not None and isinstance(model.tokenizer.items[0], int):
+        histories = [[int(item) for item in arguments.history]]
+    answers = model.recommend(histories, arguments.k, filter_seen=not arguments.keep_seen)
+    table = Table(title="Recommendations")
+    for name in ("history", "rank", "item", "score"):
+        table.add_column(name, justify="right" if name in ("rank", "score") else "left")
+    for history, answer in zip(histories, answers, strict=True):
+        for rank, found in enumerate(answer, start=1):
+            shown = " ".join(map(str, history[-4:])) if rank == 1 else ""
+            table.add_row(shown, str(rank), str(found.item), f"{found.score:.3f}")
+    Console().print(table)
+
+
+def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
+    """Return one object of each dataclass from flags and an optional YAML file.
+
+    Args:
+        types: dataclasses.
+        words: command line without the program's name; sys.argv's if None.
+        command: shown in the help.
+
+    Raises:
+        ArgumentError: for a key of the YAML file that no dataclass has.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    if files:
+        words = [word for word in words if word not in files and word != "--config"]
+        settings = yaml.safe_load(Path(files[0]).read_text("utf-8")) or {}
+        known = {item.name for each in types for item in fields(each)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ArgumentError(
+                "config", unknown, "no such settings", f"hf-rece {command} --help lists them"
+            )
+        parser.set_defaults(**settings)
+    return tuple(parser.parse_args_into_dataclasses(words))
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "recommend": recommend}
+
+
+def main() -> None:
+    """Run `hf-rece COMMAND`; errors of the package are printed without a traceback."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command not in COMMANDS:
+        asked = command in ("-h", "--help")
+        Console(stderr=not asked).print(USAGE, highlight=False, markup=False)
+        sys.exit(0 if asked else 2)
+    try:
+        COMMANDS[command](sys.argv[2:])
+    except HfReceError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The main job as functions: train a recommender on a log, evaluate it, show what came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+from datasets import DatasetDict
+from rich.console import Console
+from rich.table import Table
+from transformers import CONFIG_MAPPING, EarlyStoppingCallback, PreTrainedConfig, set_seed
+
+from hf_rece.data.interactions import k_core_filter, load_interactions
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_split
+from hf_rece.data.synthetic import generate_interactions
+from hf_rece.errors import ArgumentError
+from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.sasrec import SASRecConfig
+from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.trainer import RecommenderTrainer, most_popular_metrics
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class DataArguments:
+    """Where the log is, and how it is split."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV or Parquet log. None: an embedded synthetic log."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a dataset that holds a log."}
+    )
+    user_column: str = field(default="user_id", metadata={"help": "The log's column of user ids."})
+    item_column: str = field(default="item_id", metadata={"help": "The log's column of item ids."})
+    time_column: str = field(default="timestamp", metadata={"help": "The log's column of times."})
+    min_user_interactions: int = field(
+        default=3, metadata={"help": "Drop users with fewer interactions."}
+    )
+    min_item_interactions: int = field(
+        default=1, metadata={"help": "Drop items with fewer interactions."}
+    )
+    split: Literal["leave_one_out", "temporal"] = field(
+        default="leave_one_out", metadata={"help": "How test and validation are held out."}
+    )
+    test_quantile: float = field(
+        default=0.95, metadata={"help": "temporal: users active after this quantile are held out."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.train_file and self.dataset_name:
+            raise ArgumentError(
+                "dataset_name", self.dataset_name, "train_file is given too", "Pass one of them"
+            )
+
+
+@dataclass
+class ModelArguments:
+    """The backbone, made from scratch."""
+
+    backbone: str = field(
+        default="sasrec",
+        metadata={
+            "help": "sasrec, or the model_type of any decoder: gpt2, llama, qwen3 and so on."
+        },
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Width of states and item vectors."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Transformer blocks."})
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout of the SASRec backbone."})
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "Score items by their input embeddings."}
+    )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What train_recommender leaves.
+
+    Args:
+        model: the trained recommender, with its tokenizer.
+        metrics: test metrics of the model.
+        baseline: test metrics of recommending the most popular items.
+        splits: the data.
+    """
+
+    model: RecommenderModel
+    metrics: Metrics
+    baseline: Metrics
+    splits: DatasetDict
+
+
+def prepare_log(
+    data: DataArguments, tokenizer: ItemTokenizer | None = None
+) -> tuple[ItemTokenizer, DatasetDict]:
+    """Read the log, filter it, split it.
+
+    Args:
+        data: which log, and how to split it.
+        tokenizer: of a model trained before; made from the log if None.
+
+    Raises:
+        DataError: for a log that cannot be used, or has items that the tokenizer does not know.
+    """
+    interactions = _load(data)
+    if tokenizer is None:
+        tokenizer = ItemTokenizer.from_interactions(interactions)
+    if data.split == "leave_one_out":
+        return tokenizer, leave_one_out_split(interactions, tokenizer)
+    return tokenizer, temporal_split(interactions, tokenizer, quantile=data.test_quantile)
+
+
+def train_recommender(
+    data: DataArguments, model_arguments: ModelArguments, training: RecommenderTrainingArguments
+) -> TrainedRun:
+    """Train, choose the best checkpoint, test, and save model, tokenizer and metrics in output_dir.
+
+    Raises:
+        ArgumentError: for arguments that do not fit together.
+        DataError: for a log that cannot be used.
+    """
+    set_seed(training.seed)
+    tokenizer, splits = prepare_log(data)
+    config = RecommenderConfig(
+        backbone=_backbone(model_arguments, training.max_length),
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=model_arguments.tie_word_embeddings,
+    )
+    model = RecommenderModel(config)
+    model.tokenizer = tokenizer
+    patient = training.load_best_model_at_end and training.metric_for_best_model is not None
+    trainer = RecommenderTrainer(
+        model,
+        training,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=5)] if patient else None,
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics = evaluate_recommender(trainer, splits)
+    baseline = most_popular_metrics(
+        splits["train"],
+        splits["test"],
+        len(tokenizer) - 1,
+        ks=training.ranking_ks,
+        filter_seen=training.filter_seen,
+    )
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        record = {"test": metrics, "most_popular": baseline}
+        path = Path(str(training.output_dir)) / "metrics.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return TrainedRun(model, metrics, baseline, splits)
+
+
+def evaluate_recommender(trainer: RecommenderTrainer, splits: DatasetDict) -> Metrics:
+    """Return loss and ranking metrics on the test part."""
+    raw = trainer.evaluate(splits["test"], metric_key_prefix="test")
+    wanted = {name.removeprefix("test_"): value for name, value in raw.items()}
+    return {name: value for name, value in wanted.items() if "@" in name or name == "loss"}
+
+
+def show_metrics(columns: dict[str, Metrics]) -> None:
+    """Print a table of metrics, a column for each entry."""
+    table = Table(title="Test: full catalogue, exact loss")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in next(iter(columns.values())):
+        cells = [f"{values[metric]:.4f}" if metric in values else "" for values in columns.values()]
+        table.add_row(metric, *cells)
+    Console().print(table)
+
+
+def show_recommendations(run: TrainedRun, n_users: int = 3, k: int = 5) -> None:
+    """Print what the model recommends to a few test users, beside what they took next."""
+    tokenizer = run.model.tokenizer
+    if tokenizer is None:
+        raise ArgumentError("model.tokenizer", None, "the model has none", "Set model.tokenizer")
+    rows = [run.splits["test"][i] for i in range(min(n_users, len(run.splits["test"])))]
+    histories = [tokenizer.convert_ids_to_items(row[HISTORY]) for row in rows]
+    table = Table(title="Recommendations to test users")
+    for name in ("user", "last items", f"top {k}", "took next"):
+        table.add_column(name)
+    answers = run.model.recommend(histories, k=k)
+    for row, history, answer in zip(rows, histories, answers, strict=True):
+        table.add_row(
+            str(row["user_id"]),
+            " ".join(str(item) for item in history[-4:]),
+            " ".join(str(found.item) for found in answer),
+            str(tokenizer.convert_ids_to_items([row[TARGET]])[0]),
+        )
+    Console().print(table)
+
+
+def _load(data: DataArguments) -> pl.DataFrame:
+    source = data.train_file or data.dataset_name
+    if source is None:
+        interactions = generate_interactions()
+    else:
+        interactions = load_interactions(
+            source,
+            user_column=data.user_column,
+            item_column=data.item_column,
+            time_column=data.time_column,
+        )
+    return k_core_filter(
+        interactions,
+        min_user_interactions=data.min_user_interactions,
+        min_item_interactions=data.min_item_interactions,
+    )
+
+
+def _backbone(arguments: ModelArguments, max_length: int) -> PreTrainedConfig:
+    shape: dict[str, Any] = {
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.num_hidden_layers,
+        "num_attention_heads": arguments.num_attention_heads,
+        "max_position_embeddings": max_length,
+    }
+    if arguments.backbone == "sasrec":
+        return SASRecConfig(**shape, dropout=arguments.dropout)
+    if arguments.backbone not in CONFIG_MAPPING:
+        raise ArgumentError(
+            "backbone", arguments.backbone, "no such model_type", "Pass sasrec, gpt2, llama, qwen3"
+        )
+    config_class = CONFIG_MAPPING[arguments.backbone]
+    known = set(config_class.__dataclass_fields__)
+    if "intermediate_size" in known:
+        shape["intermediate_size"] = 4 * arguments.hidden_size
+    if "num_key_value_heads" in known:
+        shape["num_key_value_heads"] = arguments.num_attention_heads
+    if "head_dim" in known:
+        shape["head_dim"] = arguments.hidden_size // arguments.num_attention_heads
+    return config_class(**shape)
