@@ -22,7 +22,7 @@ def shared():
 
 @pytest.fixture
 def inputs():
-    """Return make(n_tokens, n_classes, width) -> hidden, weight, labels in float64, with gradients."""
+    """Return make(n_tokens, n_classes, width) -> hidden, weight, labels in float64."""
 
     def make(n_tokens=24, n_classes=40, width=6, dtype=torch.float64):
         hidden = torch.randn(n_tokens, width, dtype=dtype).requires_grad_()

@@ -64,7 +64,9 @@ def generate_interactions(
     random = np.random.default_rng(seed)
     catalogue = _Catalogue.draw(random, n_items, min(n_interests, n_items), popularity_exponent)
     lengths = 2 + random.geometric(1 / (mean_length - 2), n_users)
-    interests = random.integers(len(catalogue.first), size=(n_users, interests_per_user))
+    # Interests are of unequal popularity too, by Zipf's law.
+    uniform = random.random((n_users, interests_per_user))
+    interests = ((len(catalogue.first) + 1) ** uniform).astype(np.int64) - 1
     items = _walk(random, catalogue, interests, int(lengths.max()), follow_probability)
     times = _times(random, items.shape)
     inside = np.arange(items.shape[1]) < lengths[:, None]  # (n_users, longest)
@@ -100,10 +102,12 @@ class _Catalogue:
     ) -> _Catalogue:
         bounds = np.linspace(0, n_items, n_interests + 1).astype(np.int64)
         first, size = bounds[:-1], np.diff(bounds)
-        interest = np.repeat(np.arange(n_interests), size)[:, None]
-        step = random.random((n_items, 4))
-        successors = first[interest] + (step * size[interest]).astype(np.int64)
-        return cls(random.permutation(n_items), first, size, successors, exponent)
+        names = random.permutation(n_items)
+        catalogue = cls(names, first, size, np.empty((n_items, 4), dtype=np.int64), exponent)
+        interest = np.repeat(np.arange(n_interests), size)
+        for column in range(4):
+            catalogue.successors[:, column] = catalogue.popular(random, interest)
+        return catalogue
 
     def popular(
         self, random: np.random.Generator, interest: NDArray[np.int64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from hf_rece.errors import ArgumentError
@@ -37,6 +38,8 @@ class LargeVocabTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Pinned memory without an accelerator only warns.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.loss_type is None and self.loss_kwargs:
             raise ArgumentError(
                 "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"

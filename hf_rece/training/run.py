@@ -142,6 +142,7 @@ def train_recommender(
         callbacks=[EarlyStoppingCallback(early_stopping_patience=5)] if patient else None,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test
     metrics = evaluate_recommender(trainer, splits)
     baseline = most_popular_metrics(
         splits["train"],
@@ -171,7 +172,7 @@ def show_metrics(columns: dict[str, Metrics]) -> None:
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right")
-    for metric in next(iter(columns.values())):
+    for metric in max(columns.values(), key=len):
         cells = [f"{values[metric]:.4f}" if metric in values else "" for values in columns.values()]
         table.add_row(metric, *cells)
     Console().print(table)

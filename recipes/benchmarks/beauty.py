@@ -153,8 +153,8 @@ def main() -> None:
                 for run in done
             ):
                 continue
-            command = [sys.executable, __file__, args.log, "--one", "--losses", loss, "--seeds", str(seed),
-                       "--epochs", str(args.epochs)]  # fmt: skip
+            command = [sys.executable, __file__, args.log, "--one", "--losses", loss]
+            command += ["--seeds", str(seed), "--epochs", str(args.epochs)]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             with RESULTS.open("a") as file:
                 file.write(line.splitlines()[-1] + "\n")

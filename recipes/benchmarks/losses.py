@@ -1,18 +1,15 @@
-"""Measure the extra peak memory and the time of one loss + backward on the CPU, each in a fresh
-process.
+"""Measure extra peak memory and time of loss + backward on the CPU, each in a fresh process.
 
     python recipes/benchmarks/losses.py                                    # N=4096, C=100,000, D=64
     python recipes/benchmarks/losses.py --tokens 25600 --classes 1000000 --skip dense --repeats 1
 
 Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the
 peak resident size during loss + backward is read, less the resident size before; a run on 64 tokens
-has loaded the code. Time: the median of the repeats
-after one warm-up, all losses in one run of this script. Writes results/losses_N_C_D.json.
+has loaded the code. Time: the least of the repeats after the first, all losses in one run. Writes results/losses_N_C_D.json.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -65,7 +62,7 @@ def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, fl
     first = step()
     peak = resident_mib("VmHWM") - before
     times = [step() for _ in range(repeats)] or [first]
-    return {"extra_peak_mib": round(peak, 1), "seconds": statistics.median(times)}
+    return {"extra_peak_mib": round(peak, 1), "seconds": min(times)}
 
 
 def in_fresh_process(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, float]:

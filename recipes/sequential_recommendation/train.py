@@ -1,10 +1,8 @@
-"""Train a sequential recommender on a log; print test metrics beside most-popular, and
-recommendations.
+"""Train a sequential recommender on a log and print its test metrics beside most-popular.
 
     python recipes/sequential_recommendation/train.py --output_dir runs/synthetic
-    python recipes/sequential_recommendation/train.py recipes/sequential_recommendation/beauty.yaml
-    \
-        --train_file amazon_beauty.parquet
+    cd recipes/sequential_recommendation
+    python train.py beauty.yaml --train_file amazon_beauty.parquet
 
 The same as `hf-rece train`. Every flag of transformers.TrainingArguments works; --help lists them.
 """
