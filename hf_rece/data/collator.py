@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_rece.data.item_tokenizer import PAD_ID
 from hf_rece.data.splits import HISTORY, TARGET
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 
 IGNORE_INDEX = -100
 
@@ -47,7 +47,11 @@ class SequenceCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return int64 input_ids, attention_mask, labels (B, T) and seen_ids (B, S), -1 padded."""
+        """Return int64 input_ids, attention_mask, labels (B, T) and seen_ids (B, S), -1 padded.
+
+        Raises:
+            DataError: if a row for evaluation has no history.
+        """
         if TARGET in rows[0]:
             return self._evaluation_batch(rows)
         sequences = [np.asarray(row[HISTORY])[-self.max_length - 1 :] for row in rows]
@@ -55,6 +59,10 @@ class SequenceCollator:
 
     def _evaluation_batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         histories = [np.asarray(row[HISTORY]) for row in rows]
+        if min(map(len, histories)) == 0:
+            raise DataError(
+                HISTORY, "a row has no history, so nothing to predict from", "Drop such rows"
+            )
         inputs = [history[-self.max_length :] for history in histories]
         labels = [np.full(len(i), IGNORE_INDEX) for i in inputs]
         for label, row in zip(labels, rows, strict=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 
 from hf_rece.errors import ArgumentError, DataError
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t"}
 
 
 def load_interactions(
@@ -23,11 +24,14 @@ def load_interactions(
     """Return a log as a table with columns user_id, item_id, timestamp.
 
     Rows are sorted by (user_id, timestamp); rows of one user at one time keep the source's order.
-    Users and items keep their own dtype, integer or string.
+    Users and items keep their own dtype, integer or string. In CSV and TSV files, where nothing says
+    which, a column is integer if all its ids are written as integers are: 007 is a string, for as
+    an integer it would be the same item as 7.
 
     Args:
         source: path of a CSV, TSV or Parquet file (or a glob of them, or a folder of Parquet
-            files), a polars or pandas DataFrame, a datasets.Dataset, or the Hub id of a dataset.
+            files), a list of such paths, a polars or pandas DataFrame, a datasets.Dataset, or the
+            Hub id of a dataset.
         user_column: the source's column of user ids.
         item_column: the source's column of item ids.
         time_column: the source's column of times: numbers, datetimes or ISO 8601 strings.
@@ -37,8 +41,8 @@ def load_interactions(
         DataError: if nothing can be read, a column is missing or of no use, a value is null, a time
             cannot be read, or the log is empty.
     """
-    frame, name = _read(source, split)
     columns = {USER: user_column, ITEM: item_column, TIME: time_column}
+    frame, name = _read(source, split, [user_column, item_column])
     for role, column in columns.items():
         if column not in frame.columns:
             raise DataError(
@@ -92,13 +96,24 @@ def k_core_filter(
     return interactions
 
 
-def _read(source: Any, split: str) -> tuple[pl.DataFrame, str]:
+def _read(source: Any, split: str, id_columns: list[str]) -> tuple[pl.DataFrame, str]:
+    """Return the table and what to call it in messages."""
     if isinstance(source, pl.DataFrame):
         return source, "the DataFrame"
     if isinstance(source, (str, Path)):
-        return _read_path(str(source), split)
+        return _read_path(str(source), split, id_columns)
+    if isinstance(source, (list, tuple)) and source:
+        parts = [_read_path(str(path), split, id_columns) for path in source]
+        try:
+            return pl.concat([frame for frame, _ in parts], how="vertical_relaxed"), parts[0][1]
+        except pl.exceptions.PolarsError as error:
+            raise DataError(
+                ", ".join(name for _, name in parts),
+                f"the files do not fit together: {error}",
+                "Give all files the same columns, of the same types",
+            ) from error
     if hasattr(source, "to_polars"):  # datasets.Dataset
-        return cast("pl.DataFrame", source.to_polars()), "the dataset"
+        return source.to_polars(), "the dataset"
     if type(source).__module__.startswith("pandas"):
         return pl.from_pandas(source), "the DataFrame"
     raise DataError(
@@ -108,33 +123,64 @@ def _read(source: Any, split: str) -> tuple[pl.DataFrame, str]:
     )
 
 
-def _read_path(source: str, split: str) -> tuple[pl.DataFrame, str]:
+def _read_path(source: str, split: str, id_columns: list[str]) -> tuple[pl.DataFrame, str]:
     path = Path(source)
     suffix = path.suffix.lower()
-    name = path.name
-    if path.is_dir():
-        return pl.read_parquet(path / "**/*.parquet"), name
-    if suffix in {".csv", ".tsv", ".txt", ".inter", ".parquet"}:
-        if "*" not in source and not path.exists():
-            raise DataError(name, "no such file", "Check the path")
-        if suffix == ".parquet":
-            return pl.read_parquet(source), name
-        separator = "," if suffix == ".csv" else "\t"
-        try:
-            return pl.read_csv(source, separator=separator, infer_schema_length=None), name
-        except pl.exceptions.NoDataError as error:
-            raise DataError(name, "the file is empty", "Pass a file with a header") from error
-        except pl.exceptions.ComputeError as error:
-            raise DataError(
-                name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
-            ) from error
-    if source.count("/") > 1 or suffix or path.is_absolute():
+    if suffix in _SEPARATORS or suffix == ".parquet" or path.exists():
+        return _read_file(path, suffix, id_columns), path.name
+    if source.count("/") > 1 or path.is_absolute():
         raise DataError(
-            name, "not a file that can be read", "Pass .csv, .tsv or .parquet, or a Hub dataset id"
+            path.name,
+            "not a file that can be read",
+            "Pass .csv, .tsv or .parquet, or a Hub dataset id",
         )
     from datasets import load_dataset  # heavy, and only Hub users need it
 
-    return cast("pl.DataFrame", load_dataset(source, split=split).to_polars()), source
+    try:
+        frame: pl.DataFrame = load_dataset(source, split=split).to_polars()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            source,
+            f"neither a file nor a Hub dataset that can be read: {error}",
+            "Check the path, or the id and split",
+        ) from error
+    return frame, source
+
+
+def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
+    try:
+        if suffix == ".parquet":
+            return pl.read_parquet(path)
+        if path.is_dir():
+            return pl.read_parquet(path / "**/*.parquet")
+        if suffix in _SEPARATORS:
+            return _read_csv(path, _SEPARATORS[suffix], id_columns)
+    except pl.exceptions.NoDataError as error:
+        raise DataError(path.name, "the file is empty", "Pass a file with a header") from error
+    except FileNotFoundError as error:
+        raise DataError(path.name, "no such file", "Check the path") from error
+    except pl.exceptions.PolarsError as error:
+        raise DataError(
+            path.name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
+        ) from error
+    raise DataError(path.name, "not a file that can be read", "Pass .csv, .tsv or .parquet")
+
+
+def _read_csv(path: Path, separator: str, id_columns: list[str]) -> pl.DataFrame:
+    present = pl.scan_csv(path, separator=separator, infer_schema=False).collect_schema().names()
+    ids = [column for column in dict.fromkeys(id_columns) if column in present]
+    frame = pl.read_csv(
+        path,
+        separator=separator,
+        infer_schema_length=None,
+        schema_overrides=dict.fromkeys(ids, pl.String),
+    )
+    return frame.with_columns(_integers_if_written_so(frame[column]) for column in ids)
+
+
+def _integers_if_written_so(values: pl.Series) -> pl.Series:
+    numbers = values.cast(pl.Int64, strict=False)
+    return numbers if numbers.cast(pl.String).equals(values) else values
 
 
 def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> None:
@@ -173,14 +219,16 @@ def _times(values: pl.Series, name: str, column: str) -> pl.Series:
     if values.dtype.is_temporal() and values.dtype in (pl.Date, pl.Datetime):
         return values.cast(pl.Datetime("us")).dt.epoch("us").alias(TIME)
     if values.dtype == pl.String:
-        try:
-            return (
-                values.str.to_datetime(time_unit="us", time_zone="UTC").dt.epoch("us").alias(TIME)
-            )
-        except (pl.exceptions.ComputeError, pl.exceptions.InvalidOperationError):
-            numbers = values.cast(pl.Float64, strict=False)
-            if not numbers.is_null().any():
+        # Integers first: as floats, nanoseconds would lose their last digits.
+        for dtype in (pl.Int64, pl.Float64):
+            numbers = values.cast(dtype, strict=False)
+            if not numbers.is_null().any() and numbers.is_finite().all():
                 return numbers
+        try:
+            times = values.str.to_datetime(time_unit="us", time_zone="UTC")
+            return times.dt.epoch("us").alias(TIME)
+        except pl.exceptions.PolarsError:
+            pass
     raise DataError(
         f"{name}, column {column!r}",
         f"values such as {values[0]!r} cannot be read as times",

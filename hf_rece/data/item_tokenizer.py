@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from transformers import BatchEncoding
 from transformers.tokenization_python import PythonBackend
@@ -32,7 +33,7 @@ class ItemTokenizer(PythonBackend):
         model_max_length: longest history that `truncation=True` keeps, the most recent items.
 
     Raises:
-        ArgumentError: if items repeat, or mix integers and strings.
+        ArgumentError: if items repeat, mix integers and strings, or are not given at all.
     """
 
     vocab_files_names = {"items_file": "items.json"}  # noqa: RUF012
@@ -46,7 +47,11 @@ class ItemTokenizer(PythonBackend):
         **kwargs: Any,
     ) -> None:
         if items is None:
-            items = json.loads(Path(items_file).read_text("utf-8")) if items_file else []
+            if items_file is None:
+                raise ArgumentError(
+                    "items", None, "no items, and no items.json to read", "Pass the log's items"
+                )
+            items = json.loads(Path(items_file).read_text("utf-8"))
         self.items: list[Item] = list(items)
         _check_items(self.items)
         # An item may be called [PAD]: the padding token then takes another name.
@@ -136,12 +141,12 @@ class ItemTokenizer(PythonBackend):
         Raises:
             DataError: naming items that are not in the vocabulary.
         """
-        single = not (len(histories) and isinstance(histories[0], (list, tuple)))
+        single = not len(histories) or isinstance(histories[0], (int, str, np.integer))
         rows: Any = [histories] if single else histories
         limit = max_length if max_length is not None else self.model_max_length
         encoded = [self.convert_items_to_ids(row) for row in rows]
         if truncation:
-            encoded = [row[-min(limit, len(row)) :] if row else row for row in encoded]
+            encoded = [row[max(len(row) - limit, 0) :] for row in encoded]
         batch: dict[str, Any] = {
             "input_ids": encoded,
             "attention_mask": [[1] * len(row) for row in encoded],

@@ -74,8 +74,16 @@ def temporal_split(
 
 def _sequences(interactions: pl.DataFrame, tokenizer: ItemTokenizer) -> pl.DataFrame:
     """Return one row a user: user_id, item_ids in order of time."""
-    table = tokenizer.item_table().cast({ITEM: interactions.schema[ITEM]})
-    encoded = interactions.lazy().join(table.lazy(), on=ITEM, how="left", maintain_order="left")
+    table = tokenizer.item_table()
+    if table.schema[ITEM] == pl.String:
+        interactions = interactions.cast({ITEM: pl.String})
+    else:  # an id that the log's dtype cannot hold is not in the log: null, which matches nothing
+        table = table.cast({ITEM: interactions.schema[ITEM]}, strict=False)
+    encoded = (
+        interactions.lazy()
+        .sort([USER, TIME], maintain_order=True)
+        .join(table.lazy(), on=ITEM, how="left", maintain_order="left")
+    )
     sequences = (
         encoded.group_by(USER, maintain_order=True).agg(pl.col("token_id").alias(HISTORY)).collect()
     )

@@ -253,8 +253,6 @@ class RecommenderModel(PreTrainedModel):
         pad = self.config.pad_token_id
         return None if pad is None else torch.tensor([pad], device=self.device)
 
-    # --------------------------------------------------------------------------------- recommending
-
     @torch.inference_mode()
     def recommend(
         self,
@@ -344,9 +342,6 @@ class RecommenderModel(PreTrainedModel):
             seen_ids=seen,
             allowed_ids=allowed,
         )
-
-    # ------------------------------------------------------------------------------- saving,
-    # loading
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any

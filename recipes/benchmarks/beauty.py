@@ -34,20 +34,22 @@ from hf_rece.training.trainer import RecommenderTrainer
 
 RESULTS = Path(__file__).parent / "results" / "beauty.jsonl"
 LOSSES = {
-    "cross_entropy": {},
-    "stratified": {},
-    "rece": {},
-    "sce": {},
-    "sampled_softmax": {"n_negatives": 256},
-    "gbce": {"n_negatives": 256},
+    "cross_entropy": {"loss_type": "cross_entropy"},
+    "stratified": {"loss_type": "stratified"},
+    "stratified_1024": {"loss_type": "stratified", "n_hard": 256, "n_random": 1024},
+    "rece": {"loss_type": "rece"},
+    "sce": {"loss_type": "sce"},
+    "sampled_softmax": {"loss_type": "sampled_softmax", "n_negatives": 256},
+    "gbce": {"loss_type": "gbce", "n_negatives": 256},
 }
 
 
-def train(log: str, loss_type: str, seed: int, epochs: int) -> dict[str, object]:
+def train(log: str, name: str, seed: int, epochs: int) -> dict[str, object]:
     interactions = load_interactions(log)
     tokenizer = ItemTokenizer.from_interactions(interactions)
     splits = leave_one_out_split(interactions, tokenizer)
     set_seed(seed)
+    knobs = dict(LOSSES[name])
     backbone = SASRecConfig(
         hidden_size=64, num_hidden_layers=2, max_position_embeddings=50, dropout=0.5
     )
@@ -55,8 +57,8 @@ def train(log: str, loss_type: str, seed: int, epochs: int) -> dict[str, object]
     with tempfile.TemporaryDirectory() as folder:
         arguments = RecommenderTrainingArguments(
             output_dir=folder,
-            loss_type=loss_type,
-            loss_kwargs=LOSSES[loss_type],
+            loss_type=knobs.pop("loss_type"),
+            loss_kwargs=knobs,
             seed=seed,
             num_train_epochs=epochs,
             per_device_train_batch_size=256,
@@ -89,8 +91,8 @@ def train(log: str, loss_type: str, seed: int, epochs: int) -> dict[str, object]
         )
         test = trainer.evaluate(splits["test"], metric_key_prefix="test")
     return {
-        "loss": loss_type,
-        "knobs": LOSSES[loss_type],
+        "loss": name,
+        "knobs": knobs,
         "seed": seed,
         "epochs": epochs,
         "best_epoch": round(best),

@@ -5,7 +5,8 @@
 
 Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the
 peak resident size during loss + backward is read, less the resident size before; a run on 64 tokens
-has loaded the code. Time: the least of the repeats after the first, all losses in one run. Writes results/losses_N_C_D.json.
+has loaded the code. Time: the least of the repeats after the first, all losses in one run.
+Writes results/losses_N_C_D.json.
 """
 
 import argparse

@@ -1,0 +1,269 @@
+"""Training and ranking with Trainer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback
+
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.splits import leave_one_out_split
+from hf_rece.data.synthetic import generate_interactions
+from hf_rece.errors import ArgumentError
+from hf_rece.metrics.ranking import ranking_metrics
+from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.sasrec import SASRecConfig
+from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.trainer import (
+    LargeVocabTrainer,
+    RecommenderTrainer,
+    most_popular_metrics,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    log = generate_interactions(70, 60, seed=0)
+    tokenizer = ItemTokenizer.from_interactions(log)
+    return tokenizer, leave_one_out_split(log, tokenizer)
+
+
+def make_trainer(data, folder, **arguments):
+    tokenizer, splits = data
+    callbacks = arguments.pop("callbacks", None)
+    torch.manual_seed(0)
+    backbone = SASRecConfig(hidden_size=16, max_position_embeddings=20, dropout=0.0)
+    model = RecommenderModel(RecommenderConfig(backbone=backbone, vocab_size=len(tokenizer)))
+    model.tokenizer = tokenizer
+    settings = {
+        "output_dir": str(folder),
+        "max_length": 20,
+        "ranking_ks": [5, 10],
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return RecommenderTrainer(
+        model,
+        RecommenderTrainingArguments(**settings),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "rece", "stratified"])
+def test_training_lowers_the_exact_loss(data, loss_type, tmp_path):
+    trainer = make_trainer(data, tmp_path, loss_type=loss_type, num_train_epochs=5)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.2
+
+
+def test_the_loss_of_the_arguments_is_saved_with_the_model(data, tmp_path):
+    trainer = make_trainer(
+        data, tmp_path, loss_type="rece", loss_kwargs='{"n_rounds": 3}', max_steps=1
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    again = RecommenderModel.from_pretrained(tmp_path / "final")
+    assert (again.config.loss_type, again.config.loss_kwargs) == ("rece", {"n_rounds": 3})
+    assert again.tokenizer.items == data[0].items
+
+
+def test_metrics_equal_those_of_all_users_at_once(data, tmp_path):
+    trainer = make_trainer(data, tmp_path, per_device_eval_batch_size=11)
+    metrics = trainer.evaluate()
+    split = trainer.eval_dataset
+    collated = trainer.data_collator([split[i] for i in range(len(split))])
+    with torch.no_grad():
+        output = trainer.model(**collated, rank_k=10)
+    wanted = ranking_metrics(output.greater, output.tied, ks=[5, 10])
+    assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    for name, value in wanted.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value)
+    assert 0 < metrics["eval_coverage@10"] <= 1
+
+
+def test_seen_items_compete_only_when_asked(data, tmp_path):
+    filtered = make_trainer(data, tmp_path).predict(data[1]["test"]).predictions[0]
+    everything = make_trainer(data, tmp_path, filter_seen=False).predict(data[1]["test"])
+    assert (everything.predictions[0] >= filtered).all()
+    assert (everything.predictions[0] > filtered).any()
+
+
+def test_predictions_are_of_the_size_of_the_users(data, tmp_path):
+    output = make_trainer(data, tmp_path).predict(data[1]["test"])
+    n_users = len(data[1]["test"])
+    assert [part.shape for part in output.predictions] == [(n_users,), (n_users,), (n_users, 10)]
+    assert output.label_ids.tolist() == data[1]["test"]["target_id"][:]
+
+
+def gradients_of_one_step(data, folder, batch_size, accumulation):
+    trainer = make_trainer(
+        data,
+        folder,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
+    )
+    grads = []
+    trainer.model.get_input_embeddings().weight.register_post_accumulate_grad_hook(
+        lambda weight: grads.append(weight.grad.clone())
+    )
+    trainer.train()
+    return grads[-1]
+
+
+def test_gradient_accumulation_equals_one_large_batch(data, tmp_path):
+    whole = gradients_of_one_step(data, tmp_path / "a", 32, 1)
+    parts = gradients_of_one_step(data, tmp_path / "b", 4, 8)
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_the_best_checkpoint_is_found_by_ndcg(data, tmp_path):
+    trainer = make_trainer(
+        data,
+        tmp_path,
+        num_train_epochs=6,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@10",
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    history = [e["eval_ndcg@10"] for e in trainer.state.log_history if "eval_ndcg@10" in e]
+    assert trainer.state.best_metric == max(history)
+    trainer.remove_callback(EarlyStoppingCallback)
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(max(history))
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "stratified"])
+def test_resuming_gives_the_same_weights(data, loss_type, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5, "loss_type": loss_type}
+    whole = make_trainer(data, tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make_trainer(data, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_grouping_by_length_trains_and_evaluates(data, tmp_path):
+    trainer = make_trainer(data, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
+    trainer.train()
+    assert "eval_ndcg@10" in trainer.evaluate()
+
+
+def test_most_popular_equals_a_model_that_scores_by_popularity(data, tmp_path):
+    tokenizer, splits = data
+    trainer = make_trainer(data, tmp_path)
+    counts = torch.zeros(len(tokenizer))
+    for row in splits["train"]:
+        counts += torch.bincount(torch.tensor(row["item_ids"]), minlength=len(tokenizer))
+    trainer.model.item_head = nn.Linear(16, len(tokenizer))
+    trainer.model.item_head.weight.data.zero_()
+    trainer.model.item_head.bias.data.copy_(counts)
+    wanted = trainer.evaluate(splits["test"])
+    metrics = most_popular_metrics(splits["train"], splits["test"], len(tokenizer) - 1, ks=[5, 10])
+    for k in (5, 10):
+        for name in ("ndcg", "hr", "mrr"):
+            assert metrics[f"{name}@{k}"] == pytest.approx(wanted[f"eval_{name}@{k}"], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def test_knobs_need_a_loss(tmp_path):
+    with pytest.raises(ArgumentError, match="loss_kwargs"):
+        LargeVocabTrainingArguments(output_dir=str(tmp_path), loss_kwargs={"n_rounds": 1})
+
+
+def test_an_unknown_loss_fails_before_training(tmp_path):
+    with pytest.raises(ArgumentError, match="loss_type='recee'"):
+        LargeVocabTrainingArguments(output_dir=str(tmp_path), loss_type="recee")
+
+
+def test_cutoffs_are_positive(tmp_path):
+    with pytest.raises(ArgumentError, match="ranking_ks"):
+        RecommenderTrainingArguments(output_dir=str(tmp_path), ranking_ks=[0])
+
+
+def test_a_model_without_a_place_for_the_loss_is_refused(tmp_path):
+    arguments = LargeVocabTrainingArguments(
+        output_dir=str(tmp_path), loss_type="rece", use_cpu=True
+    )
+    with pytest.raises(ArgumentError, match=r"model='Linear'.*RecommenderModel"):
+        LargeVocabTrainer(nn.Linear(2, 2), arguments)
+
+
+def test_evaluating_on_training_rows_is_refused(data, tmp_path):
+    with pytest.raises(ArgumentError, match=r"eval_dataset=.*target_id"):
+        make_trainer(data, tmp_path).evaluate(data[1]["train"])
+
+
+# ------------------------------------------------------------------------------- several processes
+
+DISTRIBUTED = """
+import json, sys
+from pathlib import Path
+import pytest, torch
+sys.path.insert(0, {tests!r})
+from tests.training.test_trainer import make_trainer
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.splits import leave_one_out_split
+from hf_rece.data.synthetic import generate_interactions
+log = generate_interactions(70, 60, seed=0)
+tokenizer = ItemTokenizer.from_interactions(log)
+trainer = make_trainer(
+    (tokenizer, leave_one_out_split(log, tokenizer)), {folder!r},
+    per_device_eval_batch_size=11, per_device_train_batch_size={batch}, max_steps=3,
+    train_sampling_strategy="sequential", max_grad_norm=0.0,
+)
+assert trainer.args.world_size == {world}, trainer.args.world_size
+before = trainer.evaluate()
+trainer.train()
+after = trainer.evaluate()
+if trainer.is_world_process_zero():
+    keep = {{n: v for n, v in after.items() if "@" in n or "loss" in n}}
+    Path({folder!r}, "out.json").write_text(json.dumps([before["eval_ndcg@10"], keep]))
+"""
+
+
+def run_processes(folder, world, batch):
+    folder.mkdir()
+    script = folder / "script.py"
+    root = str(Path(__file__).resolve().parents[2])
+    script.write_text(DISTRIBUTED.format(tests=root, folder=str(folder), world=world, batch=batch))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*command, "--master-port", "29511", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_rank_like_one(tmp_path):
+    one = run_processes(tmp_path / "one", 1, 16)
+    two = run_processes(tmp_path / "two", 2, 8)
+    assert two[0] == pytest.approx(one[0])
+    assert two[1] == pytest.approx(one[1], rel=1e-3)
