@@ -108,7 +108,8 @@ def evaluate(words: Sequence[str] | None = None) -> None:
     model = RecommenderModel.from_pretrained(which.model_name_or_path)
     _, splits = prepare_log(data, model.tokenizer)
     training = RecommenderTrainingArguments(
-        per_device_eval_batch_size=which.per_device_eval_batch_size
+        per_device_eval_batch_size=which.per_device_eval_batch_size,
+        max_length=model.config.longest_history or RecommenderTrainingArguments.max_length,
     )
     show_metrics({"model": evaluate_recommender(RecommenderTrainer(model, training), splits)})
 

@@ -16,7 +16,7 @@ CONTRACT = {
 
 
 def test_every_name_of_the_contract_is_there():
-    assert CONTRACT <= set(hf_rece.__all__)
+    assert not CONTRACT - set(hf_rece.__all__)
     assert all(getattr(hf_rece, name) is not None for name in hf_rece.__all__)
 
 

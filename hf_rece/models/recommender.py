@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file
@@ -72,6 +72,11 @@ class RecommenderConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """D, the width of the backbone's hidden states."""
         return int(self.backbone.hidden_size)  # type: ignore[union-attr]
+
+    @property
+    def longest_history(self) -> int | None:
+        """The longest history that the backbone reads, None if it sets no limit."""
+        return getattr(self.backbone, "max_position_embeddings", None)
 
 
 @dataclass
@@ -316,7 +321,7 @@ class RecommenderModel(PreTrainedModel):
         filter_seen: bool,
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        length = getattr(self.config.backbone, "max_position_embeddings", None)
+        length = self.config.longest_history
         batch = tokenizer(
             histories,
             padding=True,
@@ -367,14 +372,6 @@ class RecommenderModel(PreTrainedModel):
         if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
             loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
         return model
-
-
-def register_auto_classes() -> None:
-    """Make AutoConfig, AutoModel and AutoTokenizer know the models and the tokenizer of hf_rece."""
-    for config, model in ((SASRecConfig, SASRecModel), (RecommenderConfig, RecommenderModel)):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-    AutoTokenizer.register(RecommenderConfig, slow_tokenizer_class=ItemTokenizer, exist_ok=True)
 
 
 def _name_of_embeddings(backbone: PreTrainedModel) -> str:

@@ -84,6 +84,14 @@ class RecommenderTrainer(LargeVocabTrainer):
     ) -> None:
         if args is None:
             args = RecommenderTrainingArguments(output_dir="recommender")
+        longest = getattr(getattr(model, "config", None), "longest_history", None)
+        if longest is not None and args.max_length > longest:
+            raise ArgumentError(
+                "max_length",
+                args.max_length,
+                f"the model reads {longest} items at most",
+                f"Pass {longest} or less, or a model with more positions",
+            )
         kwargs.setdefault("data_collator", SequenceCollator(args.max_length))
         kwargs.setdefault("compute_metrics", self._ranking_metrics)
         kwargs.setdefault("processing_class", getattr(model, "tokenizer", None))

@@ -203,6 +203,11 @@ def test_cutoffs_are_positive(tmp_path):
         RecommenderTrainingArguments(output_dir=str(tmp_path), ranking_ks=[0])
 
 
+def test_histories_longer_than_the_model_reads_are_refused(data, tmp_path):
+    with pytest.raises(ArgumentError, match=r"max_length=21: the model reads 20"):
+        make_trainer(data, tmp_path, max_length=21)
+
+
 def test_a_model_without_a_place_for_the_loss_is_refused(tmp_path):
     arguments = LargeVocabTrainingArguments(
         output_dir=str(tmp_path), loss_type="rece", use_cpu=True

@@ -1,0 +1,123 @@
+"""`hf-rece` from the shell."""
+
+import json
+
+import polars as pl
+import pytest
+
+from hf_rece import cli
+from hf_rece.errors import ArgumentError, DataError
+
+QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A log with columns of other names, and a model trained on it."""
+    from hf_rece.data.synthetic import generate_interactions
+
+    folder = tmp_path_factory.mktemp("run")
+    log = generate_interactions(60, 50)
+    log.rename({"user_id": "who", "item_id": "what", "timestamp": "when"}).write_csv(
+        folder / "log.csv"
+    )
+    columns = ["--user_column", "who", "--item_column", "what", "--time_column", "when"]
+    where = ["--train_file", str(folder / "log.csv"), *columns]
+    cli.train([*where, *QUICK, "--output_dir", str(folder / "model"), "--loss_type", "rece"])
+    return folder, where
+
+
+def test_train_saves_model_tokenizer_and_metrics(trained):
+    folder, _ = trained
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "items.json", "metrics.json"} <= names
+    metrics = json.loads((folder / "model" / "metrics.json").read_text())
+    assert set(metrics) == {"test", "most_popular"}
+    assert json.loads((folder / "model" / "config.json").read_text())["loss_type"] == "rece"
+
+
+def test_evaluate_repeats_the_metrics_of_training(trained, capsys):
+    folder, where = trained
+    metrics = json.loads((folder / "model" / "metrics.json").read_text())["test"]
+    cli.evaluate([*where, "--model_name_or_path", str(folder / "model")])
+    shown = capsys.readouterr().out
+    assert f"{metrics['ndcg@10']:.4f}" in shown
+    assert f"{metrics['loss']:.4f}" in shown
+
+
+def test_recommend_answers_histories_given_and_from_a_file(trained, capsys):
+    folder, _ = trained
+    items = json.loads((folder / "model" / "items.json").read_text())
+    model = ["--model_name_or_path", str(folder / "model"), "--k", "3"]
+    cli.recommend([*model, "--history", *items[:2]])
+    by_flag = capsys.readouterr().out
+    (folder / "histories.jsonl").write_text(json.dumps(items[:2]) + "\n")
+    cli.recommend([*model, "--histories_file", str(folder / "histories.jsonl")])
+    assert capsys.readouterr().out == by_flag
+    assert sum(item in by_flag for item in items[2:]) == 3
+
+
+def test_yaml_sets_what_flags_override(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("hidden_size: 12\nloss_kwargs: {n_rounds: 3}\nloss_type: rece\n")
+    types = (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults)
+    _, model, training = cli.parse(types, ["--config", str(path)], "train")
+    assert (model.hidden_size, training.loss_kwargs) == (12, {"n_rounds": 3})
+    _, model, _ = cli.parse(types, [str(path), "--hidden_size", "16"], "train")
+    assert model.hidden_size == 16
+
+
+def test_an_unknown_yaml_key_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("hiden_size: 12\n")
+    with pytest.raises(ArgumentError, match="hiden_size"):
+        cli.parse((cli.ModelArguments,), [str(path)], "train")
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "llama", "qwen3"])
+def test_any_decoder_trains_from_flags(backbone, tmp_path):
+    frame = pl.DataFrame(
+        {"user_id": [u for u in range(20) for _ in range(5)], "item_id": list(range(10)) * 10}
+    ).with_row_index("timestamp")
+    frame.write_parquet(tmp_path / "log.parquet")
+    where = ["--train_file", str(tmp_path / "log.parquet"), "--output_dir", str(tmp_path / "run")]
+    cli.train([*where, *QUICK, "--backbone", backbone])
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_unknown_backbone_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match="backbone='lama'"):
+        cli.train(["--backbone", "lama", "--output_dir", str(tmp_path)])
+
+
+def test_two_sources_are_refused():
+    with pytest.raises(ArgumentError, match="dataset_name='x/y'"):
+        cli.train(["--train_file", "a.csv", "--dataset_name", "x/y"])
+
+
+def test_recommend_needs_a_history(tmp_path):
+    with pytest.raises(ArgumentError, match="history"):
+        cli.recommend(["--model_name_or_path", str(tmp_path)])
+
+
+def test_a_missing_log_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no\.csv: no such file"):
+        cli.train(["--train_file", str(tmp_path / "no.csv"), "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 0), (["fly"], 2)])
+def test_usage(words, code, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-rece", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+    captured = capsys.readouterr()
+    assert "usage: hf-rece COMMAND" in captured.out + captured.err
+
+
+def test_errors_are_printed_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-rece", "train", "--train_file", "no.csv"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.strip().startswith("error: no.csv: no such file.")

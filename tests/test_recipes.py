@@ -1,0 +1,61 @@
+"""Recipes run as their heads say, and benchmarks read what they wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_rece import cli
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SCRIPTS = sorted(path for path in RECIPES.rglob("*.py") if path.stem != "environment")
+
+
+def run(script, *words, cwd=None):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / script), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_recipe_begins_with_its_command(path):
+    head = path.read_text().split('"""')[1]
+    assert f"python {path.relative_to(RECIPES.parent)}" in head or f"python {path.name}" in head
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_yaml_file_parses(path, tmp_path):
+    settings = yaml.safe_load(path.read_text())
+    types = (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults)
+    _, _, training = cli.parse(types, [str(path), "--output_dir", str(tmp_path)], "train")
+    assert training.loss_type == settings["loss_type"]
+
+
+def test_the_training_recipe_ends_with_tables(tmp_path):
+    words = ["--num_train_epochs", "1", "--hidden_size", "8", "--output_dir", str(tmp_path)]
+    output = run("sequential_recommendation/train.py", *words, "--max_steps", "3")
+    assert "most popular" in output
+    assert "Recommendations to test users" in output
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_losses_benchmark_measures_every_loss_beside_dense():
+    shape = ["--tokens", "256", "--classes", "2000", "--width", "8", "--repeats", "1"]
+    row = json.loads(run("benchmarks/losses.py", *shape, "--only", "rece"))
+    assert row["seconds"] > 0
+    assert set(row) == {"extra_peak_mib", "seconds"}
+
+
+def test_results_hold_no_path():
+    for path in (RECIPES / "benchmarks" / "results").iterdir():
+        if path.suffix.startswith(".json"):
+            assert "/" not in path.read_text().replace("N/A", "")
