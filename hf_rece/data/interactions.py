@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ def load_interactions(
     """Return a log as a table with columns user_id, item_id, timestamp.
 
     Rows are sorted by (user_id, timestamp); rows of one user at one time keep the source's order.
-    Users and items keep their own dtype, integer or string. In CSV and TSV files, where nothing says
-    which, a column is integer if all its ids are written as integers are: 007 is a string, for as
-    an integer it would be the same item as 7.
+    Users and items keep their own dtype, integer or string. A CSV or TSV column is integer if all
+    its ids are written as integers are: 007 is a string, or it would be the same item as 7.
 
     Args:
         source: path of a CSV, TSV or Parquet file (or a glob of them, or a folder of Parquet
@@ -148,6 +148,10 @@ def _read_path(source: str, split: str, id_columns: list[str]) -> tuple[pl.DataF
 
 
 def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
+    if not path.exists() and not glob(str(path), recursive=True):
+        raise DataError(path.name, "no such file", "Check the path")
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        raise DataError(path.name, "no Parquet file is in this folder", "Pass the file itself")
     try:
         if suffix == ".parquet":
             return pl.read_parquet(path)
@@ -157,8 +161,6 @@ def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
             return _read_csv(path, _SEPARATORS[suffix], id_columns)
     except pl.exceptions.NoDataError as error:
         raise DataError(path.name, "the file is empty", "Pass a file with a header") from error
-    except FileNotFoundError as error:
-        raise DataError(path.name, "no such file", "Check the path") from error
     except pl.exceptions.PolarsError as error:
         raise DataError(
             path.name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
@@ -227,9 +229,13 @@ def _times(values: pl.Series, name: str, column: str) -> pl.Series:
         try:
             times = values.str.to_datetime(time_unit="us", time_zone="UTC")
             return times.dt.epoch("us").alias(TIME)
-        except pl.exceptions.PolarsError:
-            pass
-    raise DataError(
+        except pl.exceptions.PolarsError as error:
+            raise _unreadable_time(values, name, column) from error
+    raise _unreadable_time(values, name, column)
+
+
+def _unreadable_time(values: pl.Series, name: str, column: str) -> DataError:
+    return DataError(
         f"{name}, column {column!r}",
         f"values such as {values[0]!r} cannot be read as times",
         "Pass numbers, datetimes or ISO 8601 strings such as 2024-05-31T12:00:00",

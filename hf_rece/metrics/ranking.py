@@ -35,7 +35,7 @@ def ndcg_at_k(greater: ArrayLike, tied: ArrayLike, k: int) -> float:
         ArgumentError: if k < 1, the counts differ in shape, are negative or empty.
 
     Example:
-        >>> ndcg_at_k([0, 2, 10], [0, 0, 0], k=10)  # 1/log2(2), 1/log2(4), 0
+        >>> round(ndcg_at_k([0, 2, 10], [0, 0, 0], k=10), 6)  # 1/log2(2), 1/log2(4), 0
         0.5
     """
     return _mean_expectation(greater, tied, 1 / np.log2(np.arange(1, _cutoff(k) + 1) + 1))

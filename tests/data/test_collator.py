@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rece.data.collator import SequenceCollator
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 
 TRAIN = [{"item_ids": [1, 2, 3, 4]}, {"item_ids": [5, 6]}]
 EVALUATION = [
@@ -42,6 +42,16 @@ def test_seen_items_are_the_whole_history_without_the_target():
     seen = SequenceCollator(1)(EVALUATION)["seen_ids"]
     assert seen.tolist() == [[1, 2, 3], [8, -1, -1]]
     assert seen.dtype == torch.int64
+
+
+def test_left_padding_puts_evaluation_labels_last():
+    labels = SequenceCollator(3, padding_side="left")(EVALUATION)["labels"]
+    assert labels.tolist() == [[-100, -100, 9], [-100, -100, 7]]
+
+
+def test_an_empty_history_has_nothing_to_predict_from():
+    with pytest.raises(DataError, match="no history"):
+        SequenceCollator(3)([*EVALUATION, {"item_ids": [], "target_id": 1}])
 
 
 @pytest.mark.parametrize("arguments", [{"max_length": 0}, {"max_length": 1, "padding_side": "up"}])

@@ -42,6 +42,41 @@ def test_a_glob_reads_all_files(tmp_path):
     assert len(load_interactions(str(tmp_path / "*.parquet"), **COLUMNS)) == 6
 
 
+def test_a_list_of_files_is_one_log(tmp_path):
+    paths = [tmp_path / "a.csv", tmp_path / "b.parquet"]
+    pl.DataFrame(ROWS).write_csv(paths[0])
+    pl.DataFrame(ROWS).write_parquet(paths[1])
+    assert len(load_interactions(paths, **COLUMNS)) == 6
+
+
+def test_files_of_different_columns_do_not_make_a_log(tmp_path):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    pl.DataFrame(ROWS).write_parquet(paths[0])
+    pl.DataFrame(SORTED).write_parquet(paths[1])
+    with pytest.raises(DataError, match=r"a\.parquet, b\.parquet: the files do not fit"):
+        load_interactions(paths, **COLUMNS)
+
+
+def test_ids_of_a_csv_that_differ_only_in_leading_zeros_stay_apart(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n1,007,1\n1,7,2\n2,+7,3\n")
+    log = load_interactions(path)
+    assert log["item_id"].to_list() == ["007", "7", "+7"]
+    assert log["user_id"].dtype == pl.Int64
+
+
+def test_nanosecond_times_as_text_keep_every_digit():
+    times = ["1700000000000000002", "1700000000000000001"]
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "timestamp": times})
+    assert load_interactions(frame)["timestamp"].to_list() == sorted(map(int, times))
+
+
+def test_times_in_different_zones_sort_by_instant():
+    times = ["2024-01-01T01:00:00+00:00", "2024-01-01T02:00:00+02:00"]
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "timestamp": times})
+    assert load_interactions(frame)["item_id"].to_list() == [2, 1]
+
+
 def test_equal_times_keep_the_order_of_the_source():
     frame = pl.DataFrame({"user_id": [1] * 50, "item_id": range(50), "timestamp": [0] * 50})
     assert load_interactions(frame)["item_id"].to_list() == list(range(50))
@@ -68,6 +103,8 @@ def test_times_of_many_kinds_sort_by_time(times):
         ({"what": [7, None, 8]}, r"column 'what': 1 of 3 values are missing, the first in row 1"),
         ({"when": [5.0, float("nan"), 1.0]}, "column 'when': 1 of 3 values are missing"),
         ({"when": ["now", "then", "x"]}, "column 'when'.*ISO 8601"),
+        ({"when": ["1", "nan", "2"]}, "column 'when'.*ISO 8601"),
+        ({"when": [True, False, True]}, "column 'when'.*ISO 8601"),
         ({"what": [1.5, 2.0, 3.0]}, "column 'what'.*neither integers nor strings"),
     ],
 )
@@ -82,16 +119,52 @@ def test_a_missing_column_lists_those_there_are():
         load_interactions(pl.DataFrame(ROWS), user_column="who", time_column="when")
 
 
-@pytest.mark.parametrize("name", ["no.csv", "/no/where", "notes.docx"])
+@pytest.mark.parametrize("name", ["no.csv", "no*.parquet", "/no/where", "notes.docx"])
 def test_a_missing_file_is_named_without_its_folder(name, tmp_path):
-    with pytest.raises(DataError, match=name.rsplit("/", 1)[-1]):
+    with pytest.raises(DataError) as error:
         load_interactions(str(tmp_path / name))
+    assert str(error.value).startswith(name.rsplit("/", 1)[-1] + ": ")
+    assert str(tmp_path) not in str(error.value)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "log.csv").write_text("")
     with pytest.raises(DataError, match=r"log\.csv: the file is empty"):
         load_interactions(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("log.parquet", b"hello" * 100), ("log.csv", "who\né".encode("latin1"))]
+)
+def test_a_file_that_is_no_table_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: not a readable table"):
+        load_interactions(tmp_path / name)
+
+
+def test_a_folder_without_parquet_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no Parquet file is in this folder"):
+        load_interactions(tmp_path)
+
+
+def test_a_hub_id_goes_to_the_hub_with_its_split(monkeypatch):
+    def load(name, split):
+        assert (name, split) == ("someone/log-1.0", "all")
+        return Dataset.from_dict(ROWS)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    log = load_interactions("someone/log-1.0", split="all", **COLUMNS)
+    assert log.to_dict(as_series=False) == SORTED
+
+
+@pytest.mark.parametrize("problem", [ConnectionError("offline"), ValueError("Unknown split")])
+def test_a_hub_dataset_that_cannot_be_read_is_named(monkeypatch, problem):
+    def load(name, split):
+        raise problem
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(DataError, match=rf"someone/log: neither a file.*{problem}.*split"):
+        load_interactions("someone/log")
 
 
 def test_an_object_that_is_no_log_is_refused():

@@ -2,12 +2,13 @@
 
 import time
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 import hf_rece  # noqa: F401 - registers the tokenizer
 from hf_rece.data.item_tokenizer import ItemTokenizer
@@ -55,6 +56,37 @@ def test_a_batch_is_padded_and_truncated_to_the_most_recent():
     )
     assert torch.equal(batch["input_ids"], torch.tensor([[2, 3], [3, 0]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1], [1, 0]]))
+
+
+def test_truncation_to_nothing_keeps_nothing():
+    assert ItemTokenizer(items=["a"])(["a"], truncation=True, max_length=0)["input_ids"] == []
+
+
+@pytest.mark.parametrize("container", [list, tuple, np.array, pl.Series])
+def test_histories_come_in_any_sequence(container):
+    batch = ItemTokenizer(items=[5, 6])([container([6, 5]), container([5])])
+    assert batch["input_ids"] == [[2, 1], [1]]
+
+
+def test_collators_of_transformers_pad_with_it():
+    tokenizer = ItemTokenizer(items=[5, 6], padding_side="left")
+    batch = DataCollatorWithPadding(tokenizer)([{"input_ids": [1]}, {"input_ids": [1, 2]}])
+    assert batch["input_ids"].tolist() == [[0, 1], [1, 2]]
+    assert batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
+
+
+def test_settings_come_back_with_the_items(tmp_path):
+    tokenizer = ItemTokenizer(items=["[PAD]"], padding_side="left", model_max_length=7)
+    loaded = round_trip(tokenizer, tmp_path)
+    assert (loaded.padding_side, loaded.model_max_length) == ("left", 7)
+    assert (loaded.pad_token, loaded.pad_token_id) == (tokenizer.pad_token, 0)
+
+
+def test_a_folder_without_items_is_refused(tmp_path):
+    ItemTokenizer(items=["a"]).save_pretrained(tmp_path)
+    (tmp_path / "items.json").unlink()
+    with pytest.raises(ArgumentError, match=r"no items\.json"):
+        ItemTokenizer.from_pretrained(tmp_path)
 
 
 def test_padding_may_go_left():

@@ -7,7 +7,10 @@ import time
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hf_rece.data.interactions import load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.errors import ArgumentError, DataError
@@ -49,6 +52,70 @@ def test_temporal_takes_late_users_out_of_training():
     assert decoded(splits["test"], tokenizer) == {2: [7, 8, 9]}
 
 
+def test_the_order_of_the_table_does_not_matter():
+    interactions = log([["a", "b", "c", "d"], ["d", "c", "a"], ["c", "b", "a"]])
+    tokenizer = ItemTokenizer.from_interactions(interactions)
+    wanted = leave_one_out_split(interactions, tokenizer)["test"].to_list()
+    shuffled = interactions.sample(fraction=1, shuffle=True, seed=1)
+    assert not shuffled.equals(interactions)
+    assert leave_one_out_split(shuffled, tokenizer)["test"].to_list() == wanted
+
+
+@pytest.mark.parametrize(
+    ("items", "dtype"),
+    [([3, 1, 2], pl.Int8), ([2**64 - 1, 1, 2], pl.UInt64), (["ä", "", " "], None)],
+)
+def test_ids_of_every_dtype_are_encoded(items, dtype):
+    # Another log taught the tokenizer 1000, which Int8 cannot hold.
+    known = items if isinstance(items[0], str) else [*items, 1000]
+    tokenizer = ItemTokenizer(items=known)
+    interactions = log([range(3), range(3)]).with_columns(item_id=pl.Series(items * 2, dtype=dtype))
+    with_two = pl.concat([interactions, interactions.with_columns(pl.col("timestamp") + 3)])
+    splits = leave_one_out_split(with_two, tokenizer)
+    assert decoded(splits["test"], tokenizer) == {0: items * 2, 1: items * 2}
+
+
+def test_integers_of_a_smaller_file_match_the_strings_of_the_log_trained_on():
+    # A CSV file with an item 007 has string ids; a part of it without that item has integers.
+    tokenizer = ItemTokenizer(items=["007", "7", "8"])
+    splits = leave_one_out_split(log([[7, 8, 7, 8]]), tokenizer)
+    assert decoded(splits["test"], tokenizer) == {0: ["7", "8", "7", "8"]}
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=6).filter(
+        lambda sequences: max(map(len, sequences)) >= 4
+    )
+)
+def test_each_interaction_of_a_long_user_is_a_target_or_trained_on_once(sequences):
+    interactions = log(sequences)
+    tokenizer = ItemTokenizer.from_interactions(interactions)
+    splits = leave_one_out_split(interactions, tokenizer)
+    train, validation, test = (decoded(splits[name], tokenizer) for name in splits)
+    for user, items in enumerate(sequences):
+        if len(items) >= 3:
+            assert test[user] == items
+            assert validation[user] == items[:-1]
+            assert train.get(user, items[:-2]) == items[:-2]
+            assert (user in train) == (len(items) >= 4)
+        else:
+            assert user not in validation
+            assert user not in test
+            assert (user in train) == (len(items) == 2)
+
+
+def test_real_temporal_users_are_in_one_part_only(shared):
+    interactions = load_interactions(shared / "data" / "yelp2019_kcgn.parquet")
+    splits = temporal_split(interactions, ItemTokenizer.from_interactions(interactions))
+    train, test = set(splits["train"]["user_id"]), set(splits["test"]["user_id"])
+    point = interactions["timestamp"].quantile(0.95, "lower")
+    late = interactions.filter(pl.col("timestamp") > point)["user_id"].unique()
+    assert not train & test
+    assert test <= set(late)
+    assert not train & set(late)
+    assert splits["validation"]["user_id"] == splits["test"]["user_id"]
+
+
 def test_users_too_short_to_hold_out_leave_nothing():
     interactions = log([["a", "b"], ["b"]])
     with pytest.raises(DataError, match=r"no sequence for test.*three interactions"):
@@ -67,8 +134,6 @@ def test_the_quantile_lies_between_0_and_1():
 
 
 def test_beauty_has_the_published_size(shared):
-    from hf_rece.data.interactions import load_interactions
-
     interactions = load_interactions(shared / "data" / "amazon_beauty.parquet")
     tokenizer = ItemTokenizer.from_interactions(interactions)
     splits = leave_one_out_split(interactions, tokenizer)

@@ -7,6 +7,8 @@ import polars as pl
 import pytest
 
 from hf_rece.data.interactions import load_interactions
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.splits import temporal_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.errors import ArgumentError
 
@@ -57,6 +59,12 @@ def test_time_runs_forward_and_spans_a_year():
     log = generate_interactions(500, 300)
     assert log.select((pl.col("timestamp").diff().over("user_id") >= 0).all()).item()
     assert log["timestamp"].max() - log["timestamp"].min() > 300 * 24 * 3600
+
+
+def test_it_can_be_split_by_time():
+    log = generate_interactions(500, 300)
+    splits = temporal_split(log, ItemTokenizer.from_interactions(log))
+    assert 10 < len(splits["test"]) < len(splits["train"])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Ranking metrics against brute force over the orders of ties."""
 
+import doctest
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rece.errors import ArgumentError
+from hf_rece.metrics import ranking
 from hf_rece.metrics.ranking import (
     coverage_at_k,
     hit_rate_at_k,
@@ -53,6 +56,10 @@ def test_lies_in_0_1_and_grows_with_k(metric, counts, k):
 
 def test_a_constant_model_is_at_chance():
     assert hit_rate_at_k([0] * 5, [99] * 5, 10) == pytest.approx(0.1)
+
+
+def test_examples_of_the_documentation_hold():
+    assert doctest.testmod(ranking) == (0, 4)
 
 
 def test_coverage_ignores_missing_entries():

@@ -23,20 +23,23 @@ else:
     rows = [([0, 2, 10, 0], [0, 0, 0, 19])] if process == 0 else [([7], [1])]
 for predictions, references in rows:
     metric.add_batch(predictions=predictions, references=references)
-print(metric.compute(ks=[10]))
+print(metric.compute(ks=[10], **eval(sys.argv[4])))
 """
 
 
-def start(process, folder, path=None):
+def start(process, folder, path=None, **options):
     command = [sys.executable, "-c", SCRIPT, path or metric_path(), str(process), str(folder)]
+    command.append(repr(options))
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "PATH": "/usr/bin:/bin"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("path", [metric_path(), metric_path() + "/ranking_at_k.py"])
 def test_loads_offline_by_folder_and_by_file(path, tmp_path):
-    output, _ = start(-1, tmp_path, path).communicate(timeout=120)
-    wanted = ranking_metrics(GREATER, TIED, ks=[10])
+    coverage = {"topk_ids": [list(range(10))] * 5, "n_items": 20}
+    output, _ = start(-1, tmp_path, path, **coverage).communicate(timeout=120)
+    wanted = ranking_metrics(GREATER, TIED, ks=[10], **coverage)
+    assert wanted["coverage@10"] == 0.5
     assert eval(output.splitlines()[-1]) == pytest.approx(wanted)
 
 
