@@ -194,13 +194,13 @@ def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor 
     padding = classes.eq(plan.n_classes)  # (G, m)
     dropped = padding.unsqueeze(1) if bool(padding.any()) else None  # (G, 1, m)
     for chunks in grid.earlier:
-        distance = chunks.token_chunks[tokens].unsqueeze(2) - chunks.class_chunks[
-            classes
-        ].unsqueeze(1)
+        theirs = chunks.class_chunks[classes].unsqueeze(1)  # (G, 1, m)
+        distance = chunks.token_chunks[tokens].unsqueeze(2) - theirs
         found = distance.abs_() <= chunks.reach  # (G, n, m)
         dropped = found if dropped is None else found.logical_or_(dropped)
     if grid.own_labels is not None:
-        own = grid.own_labels[tokens].unsqueeze(2) == classes.unsqueeze(1)  # (G, n, m)
+        labels = grid.own_labels[tokens].to(torch.int32)  # narrow: (G, n, m) are compared
+        own = labels.unsqueeze(2) == classes.to(torch.int32).unsqueeze(1)
         dropped = own if dropped is None else own.logical_or_(dropped)
     return dropped
 

@@ -182,6 +182,7 @@ class _Search:
         width = self.rows.width
         n_queries = queries.stop - queries.start
         _, _, step = tile_shape(1, n_queries, n_classes, width, self.tile_bytes)
+        step += -step % 8  # see _places
         hidden = self.hidden[queries].to(self.dtype)
         for start in range(0, n_classes, step):
             columns = slice(start, min(start + step, n_classes))
@@ -243,7 +244,7 @@ class _BestOf:
 
     def add(self, classes: Tensor, tile: Tensor) -> None:
         """Take note of the tile's scores (n, m) of the classes (m,)."""
-        row, column = (tile > self.threshold).nonzero().unbind(1)
+        row, column = _places(tile > self.threshold)
         if len(row) == 0:
             return
         k = self.scores.shape[1]
@@ -271,6 +272,19 @@ class _BestOf:
             self._fold()
         scores, order = self.scores.sort(dim=1, descending=True)
         return scores, self.ids.gather(1, order)
+
+
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and column of each True in a contiguous (n, m) mask, in order."""
+    if mask.numel() % 8:
+        row, column = mask.nonzero().unbind(1)
+        return row, column
+    # Hits are rare: eight entries are looked at as one integer.
+    eights = mask.view(-1, 8)
+    hit = eights.view(torch.int64).view(-1).nonzero()[:, 0]
+    inner = eights[hit].nonzero()
+    place = hit[inner[:, 0]] * 8 + inner[:, 1]
+    return place // mask.shape[1], place % mask.shape[1]
 
 
 def _gather_hits(
