@@ -37,6 +37,12 @@ LOSSES = {
     "cross_entropy": {"loss_type": "cross_entropy"},
     "stratified": {"loss_type": "stratified"},
     "stratified_1024": {"loss_type": "stratified", "n_hard": 256, "n_random": 1024},
+    "stratified_2560": {
+        "loss_type": "stratified",
+        "n_groups": 400,
+        "n_hard": 512,
+        "n_random": 2048,
+    },
     "rece": {"loss_type": "rece"},
     "sce": {"loss_type": "sce"},
     "sampled_softmax": {"loss_type": "sampled_softmax", "n_negatives": 256},
