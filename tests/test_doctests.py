@@ -1,0 +1,26 @@
+"""The examples in docstrings print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import hf_rece
+
+MODULES = [
+    info.name
+    for info in pkgutil.walk_packages(hf_rece.__path__, "hf_rece.")
+    if not info.name.startswith("hf_rece.metrics.ranking_at_k.")  # evaluate imports it by path
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    modules = [importlib.import_module(name) for name in MODULES]
+    assert sum(bool(test.examples) for m in modules for test in finder.find(m)) > 10
