@@ -42,7 +42,7 @@ def load_interactions(
             cannot be read, or the log is empty.
     """
     columns = {USER: user_column, ITEM: item_column, TIME: time_column}
-    frame, name = _read(source, split, [user_column, item_column])
+    frame, name = _read(source, split, [user_column, item_column, time_column])
     for role, column in columns.items():
         if column not in frame.columns:
             raise DataError(
@@ -59,7 +59,7 @@ def load_interactions(
         _ids(frame, ITEM, name, item_column),
         _times(frame[TIME], name, time_column),
     )
-    return frame.sort([USER, TIME], maintain_order=True)
+    return _by_user_and_time(frame)
 
 
 def k_core_filter(
@@ -96,14 +96,14 @@ def k_core_filter(
     return interactions
 
 
-def _read(source: Any, split: str, id_columns: list[str]) -> tuple[pl.DataFrame, str]:
+def _read(source: Any, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:
     """Return the table and what to call it in messages."""
     if isinstance(source, pl.DataFrame):
         return source, "the DataFrame"
     if isinstance(source, (str, Path)):
-        return _read_path(str(source), split, id_columns)
+        return _read_path(str(source), split, columns)
     if isinstance(source, (list, tuple)) and source:
-        parts = [_read_path(str(path), split, id_columns) for path in source]
+        parts = [_read_path(str(path), split, columns) for path in source]
         try:
             return pl.concat([frame for frame, _ in parts], how="vertical_relaxed"), parts[0][1]
         except pl.exceptions.PolarsError as error:
@@ -123,11 +123,11 @@ def _read(source: Any, split: str, id_columns: list[str]) -> tuple[pl.DataFrame,
     )
 
 
-def _read_path(source: str, split: str, id_columns: list[str]) -> tuple[pl.DataFrame, str]:
+def _read_path(source: str, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in _SEPARATORS or suffix == ".parquet" or path.exists():
-        return _read_file(path, suffix, id_columns), path.name
+        return _read_file(path, suffix, columns), path.name
     if source.count("/") > 1 or path.is_absolute():
         raise DataError(
             path.name,
@@ -147,7 +147,7 @@ def _read_path(source: str, split: str, id_columns: list[str]) -> tuple[pl.DataF
     return frame, source
 
 
-def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
+def _read_file(path: Path, suffix: str, columns: list[str]) -> pl.DataFrame:
     if not path.exists() and not glob(str(path), recursive=True):
         raise DataError(path.name, "no such file", "Check the path")
     if path.is_dir() and not any(path.rglob("*.parquet")):
@@ -158,7 +158,7 @@ def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
         if path.is_dir():
             return pl.read_parquet(path / "**/*.parquet")
         if suffix in _SEPARATORS:
-            return _read_csv(path, _SEPARATORS[suffix], id_columns)
+            return _read_csv(path, _SEPARATORS[suffix], columns)
     except pl.exceptions.NoDataError as error:
         raise DataError(path.name, "the file is empty", "Pass a file with a header") from error
     except pl.exceptions.PolarsError as error:
@@ -168,21 +168,32 @@ def _read_file(path: Path, suffix: str, id_columns: list[str]) -> pl.DataFrame:
     raise DataError(path.name, "not a file that can be read", "Pass .csv, .tsv or .parquet")
 
 
-def _read_csv(path: Path, separator: str, id_columns: list[str]) -> pl.DataFrame:
-    present = pl.scan_csv(path, separator=separator, infer_schema=False).collect_schema().names()
-    ids = [column for column in dict.fromkeys(id_columns) if column in present]
-    frame = pl.read_csv(
-        path,
-        separator=separator,
-        infer_schema_length=None,
-        schema_overrides=dict.fromkeys(ids, pl.String),
+def _read_csv(path: Path, separator: str, columns: list[str]) -> pl.DataFrame:
+    # As text: guessing types takes ten times as long, and takes 007 for 7.
+    table = pl.scan_csv(path, separator=separator, infer_schema=False)
+    if not set(columns) <= set(table.collect_schema().names()):
+        return table.head(1).collect()  # enough to say which columns there are
+    user, item, time = columns
+    frame = table.select(dict.fromkeys(columns)).collect()
+    return frame.with_columns(
+        _integers_if_written_so(frame[column]) for column in dict.fromkeys([user, item])
     )
-    return frame.with_columns(_integers_if_written_so(frame[column]) for column in ids)
 
 
 def _integers_if_written_so(values: pl.Series) -> pl.Series:
     numbers = values.cast(pl.Int64, strict=False)
     return numbers if numbers.cast(pl.String).equals(values) else values
+
+
+def _by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
+    # Two stable sorts by one number each take a quarter of the time of one sort by two columns.
+    users = frame.select(pl.col(USER).unique().sort()).with_row_index("order")
+    return (
+        frame.join(users, on=USER, how="left", maintain_order="left")
+        .sort(TIME, maintain_order=True)
+        .sort("order", maintain_order=True)
+        .drop("order")
+    )
 
 
 def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> None:

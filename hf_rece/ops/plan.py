@@ -147,10 +147,13 @@ def walk(plan: Plan, width: int) -> Iterator[Tile]:
     for grid in plan.grids if plan.n_tokens else ():
         n_groups, n = grid.tokens.shape
         m = plan.n_classes if grid.classes is None else grid.classes.shape[1]
-        step_g, step_n, step_m = tile_shape(n_groups, n, m, width, plan.tile_bytes)
+        # A mask and the integers behind it take about as much as the logits.
+        masked = bool(grid.earlier) or grid.own_labels is not None
+        tile_bytes = plan.tile_bytes // 2 if masked else plan.tile_bytes
+        step_g, step_n, step_m = tile_shape(n_groups, n, m, width, tile_bytes)
         if plan.merge == "maximum" and step_m < m:
             # Groups are compared by their whole log-sum-exp: only their tokens may be split.
-            step_n, step_m = max(1, min(n, plan.tile_bytes // (4 * (m + width)))), m
+            step_n, step_m = max(1, min(n, tile_bytes // (4 * (m + width)))), m
         for g in range(0, n_groups, step_g):
             groups = slice(g, min(g + step_g, n_groups))
             for c in range(0, m, step_m):

@@ -244,15 +244,16 @@ class _BestOf:
 
     def add(self, classes: Tensor, tile: Tensor) -> None:
         """Take note of the tile's scores (n, m) of the classes (m,)."""
-        row, column = _places(tile > self.threshold)
-        if len(row) == 0:
+        mask = tile > self.threshold
+        n_hits = int(mask.sum())
+        if n_hits == 0:
             return
         k = self.scores.shape[1]
-        if len(row) > _SPARSE_SHARE * tile.numel():
+        if n_hits > _SPARSE_SHARE * tile.numel():
             scores, place = tile.topk(min(k, tile.shape[1]), dim=1, sorted=False)
             ids = classes[place].masked_fill_(scores == -torch.inf, -1)
         else:
-            scores, ids = _gather_hits(tile, classes, row, column)
+            scores, ids = _gather_hits(tile, classes, *_places(mask))
         self.pending.append((scores, ids))
         self.n_pending += scores.shape[1]
         if self.n_pending >= k:

@@ -45,8 +45,14 @@ LOSSES = {
     },
     "rece": {"loss_type": "rece"},
     "sce": {"loss_type": "sce"},
-    "sampled_softmax": {"loss_type": "sampled_softmax", "n_negatives": 256},
-    "gbce": {"loss_type": "gbce", "n_negatives": 256},
+    "sampled_softmax": {
+        "loss_type": "sampled_softmax",
+        "n_negatives": 256,
+        "shared_by": "sequence",
+    },
+    "sampled_softmax_batch": {"loss_type": "sampled_softmax", "n_negatives": 256},
+    "gbce": {"loss_type": "gbce", "n_negatives": 256, "shared_by": "sequence"},
+    "gbce_batch": {"loss_type": "gbce", "n_negatives": 256},
 }
 
 
