@@ -97,15 +97,16 @@ def k_core_filter(
 
 
 def _read(source: Any, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:
-    """Return the table and what to call it in messages."""
+    """Return the table and what to call it in messages; columns are those of user, item, time."""
     if isinstance(source, pl.DataFrame):
         return source, "the DataFrame"
     if isinstance(source, (str, Path)):
         return _read_path(str(source), split, columns)
     if isinstance(source, (list, tuple)) and source:
         parts = [_read_path(str(path), split, columns) for path in source]
+        frames = [frame.select(c for c in frame.columns if c in columns) for frame, _ in parts]
         try:
-            return pl.concat([frame for frame, _ in parts], how="vertical_relaxed"), parts[0][1]
+            return pl.concat(frames, how="vertical_relaxed"), parts[0][1]
         except pl.exceptions.PolarsError as error:
             raise DataError(
                 ", ".join(name for _, name in parts),
@@ -173,11 +174,9 @@ def _read_csv(path: Path, separator: str, columns: list[str]) -> pl.DataFrame:
     table = pl.scan_csv(path, separator=separator, infer_schema=False)
     if not set(columns) <= set(table.collect_schema().names()):
         return table.head(1).collect()  # enough to say which columns there are
-    user, item, time = columns
-    frame = table.select(dict.fromkeys(columns)).collect()
-    return frame.with_columns(
-        _integers_if_written_so(frame[column]) for column in dict.fromkeys([user, item])
-    )
+    frame = table.select(*dict.fromkeys(columns)).collect()
+    ids = dict.fromkeys(columns[:2])
+    return frame.with_columns(_integers_if_written_so(frame[column]) for column in ids)
 
 
 def _integers_if_written_so(values: pl.Series) -> pl.Series:

@@ -45,7 +45,7 @@ def test_a_glob_reads_all_files(tmp_path):
 def test_a_list_of_files_is_one_log(tmp_path):
     paths = [tmp_path / "a.csv", tmp_path / "b.parquet"]
     pl.DataFrame(ROWS).write_csv(paths[0])
-    pl.DataFrame(ROWS).write_parquet(paths[1])
+    pl.DataFrame({**ROWS, "stars": [1, 2, 3]}).select(pl.all().reverse()).write_parquet(paths[1])
     assert len(load_interactions(paths, **COLUMNS)) == 6
 
 

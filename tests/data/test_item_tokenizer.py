@@ -45,8 +45,8 @@ def test_integers_stay_integers(tmp_path):
 
 
 def test_token_ids_are_popularity_ranks():
-    log = pl.DataFrame({"item_id": ["b", "c", "c", "a", "b", "c"]})
-    assert ItemTokenizer.from_interactions(log).items == ["c", "b", "a"]
+    log = pl.DataFrame({"item_id": ["b", "d", "c", "c", "a", "b", "c"]})
+    assert ItemTokenizer.from_interactions(log).items == ["c", "b", "a", "d"]
 
 
 def test_a_batch_is_padded_and_truncated_to_the_most_recent():
