@@ -90,6 +90,7 @@ class RecommenderOutput(ModelOutput):
         greater: (N,) int64, for each label the items scored above it, with rank_k.
         tied: (N,) int64, for each label the other items scored like it, with rank_k.
         topk_ids: (N, rank_k) int64, for each label the best items, with rank_k.
+        losses: (N,) float32, the exact cross-entropy of each label, in evaluation.
     """
 
     loss: Tensor | None = None
@@ -98,6 +99,7 @@ class RecommenderOutput(ModelOutput):
     greater: Tensor | None = None
     tied: Tensor | None = None
     topk_ids: Tensor | None = None
+    losses: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -217,15 +219,11 @@ class RecommenderModel(PreTrainedModel):
             loss = self._training_loss(hidden, labels, states, targets, num_items_in_batch)
             return RecommenderOutput(loss=loss, logits=logits)
         weight, bias, excluded = self.item_head.weight, self.item_head.bias, self._excluded()
-        loss = cross_entropy_loss(
-            states,
-            weight,
-            targets,
-            bias=bias,
-            excluded_ids=excluded,
-            num_items_in_batch=num_items_in_batch,
+        losses = cross_entropy_loss(
+            states, weight, targets, bias=bias, excluded_ids=excluded, reduction="none"
         )
-        output = RecommenderOutput(loss=loss, logits=logits)
+        count = max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch
+        output = RecommenderOutput(loss=losses.sum() / count, logits=logits, losses=losses)
         if rank_k is not None:
             seen = None if seen_ids is None else seen_ids[row]
             search: Any = {"bias": bias, "excluded_ids": excluded, "seen_ids": seen}

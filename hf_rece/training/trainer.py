@@ -55,14 +55,24 @@ class LargeVocabTrainer(Trainer):
             config.loss_type, config.loss_kwargs = args.loss_type, args.loss_kwargs
         super().__init__(model=model, args=args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers.Trainer does, after an evaluation too."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and not sharded and self.model_wrapped is self.model:
+            # Evaluating first marks the bare model as prepared. Accelerate would then not wrap it,
+            # and each process would go on alone, without an error.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
 
 class RecommenderTrainer(LargeVocabTrainer):
     """Trains a RecommenderModel on sequences and ranks the full catalogue for evaluation.
 
     Datasets are those of leave_one_out_split and temporal_split. Evaluation reports the exact loss
     and ndcg@k, hr@k, recall@k, mrr@k, coverage@k, which serve as metric_for_best_model
-    (eval_ndcg@10). Predictions are (items above the target, items tied with it, top-k ids), of the
-    size of the users: no (users x catalogue) matrix is ever made.
+    (eval_ndcg@10). Predictions are (items above the target, items tied with it, top-k ids, exact
+    loss), a row for each user in the order of the dataset: no (users x catalogue) matrix is ever
+    made.
 
     Args:
         model: RecommenderModel.
@@ -109,19 +119,26 @@ class RecommenderTrainer(LargeVocabTrainer):
             ArgumentError: if the dataset has no target_id.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, Mapping) and isinstance(eval_dataset, str):
-            dataset = dataset[eval_dataset]
-        columns = getattr(dataset, "column_names", None)
-        if columns is not None and TARGET not in columns:
-            raise ArgumentError(
-                "eval_dataset",
-                columns,
-                f"there is no column {TARGET!r} to rank",
-                "Pass the validation or test part of a split",
-            )
+        if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping):
+            dataset = self.eval_dataset[eval_dataset]
+        _check_targets("eval_dataset", dataset)
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset):
             eval_dataset = _with_lengths(dataset, self.args.length_column_name)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of predict, in the order of the dataset.
+
+        Raises:
+            ArgumentError: if the dataset has no target_id.
+        """
+        _check_targets("test_dataset", test_dataset)
+        strategy = self.args.train_sampling_strategy
+        self.args.train_sampling_strategy = "sequential"  # grouping would reorder the predictions
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def prediction_step(
         self,
@@ -130,7 +147,7 @@ class RecommenderTrainer(LargeVocabTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Return the exact loss, the rank counts and top-k ids, and the targets of a batch."""
+        """Return a batch's mean exact loss, its predictions as documented above, its targets."""
         inputs = self._prepare_inputs(inputs)
         if not self.args.filter_seen:
             inputs = {name: value for name, value in inputs.items() if name != "seen_ids"}
@@ -142,15 +159,19 @@ class RecommenderTrainer(LargeVocabTrainer):
             return loss, None, None
         labels = inputs["labels"]
         targets = labels[labels != -100]
-        return loss, (output.greater, output.tied, output.topk_ids), targets
+        predictions = output.greater, output.tied, output.topk_ids, output.losses
+        return loss, predictions, targets
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        greater, tied, topk_ids = cast("Any", prediction.predictions)
+        greater, tied, topk_ids, losses = cast("Any", prediction.predictions)
         config = cast("Any", self.accelerator.unwrap_model(self.model)).config
         n_items = config.vocab_size - (config.pad_token_id is not None)
-        return ranking_metrics(
+        metrics = ranking_metrics(
             greater, tied, ks=self.args.ranking_ks, topk_ids=topk_ids, n_items=n_items
         )
+        # Trainer's own mean of batch means counts the rows that fill up the last batch of several
+        # processes; this one, which takes its place, does not.
+        return metrics | {"loss": float(losses.mean())}
 
 
 def most_popular_metrics(
@@ -186,6 +207,17 @@ def most_popular_metrics(
     for i, ids in enumerate(topk_ids):
         padded[i, : len(ids)] = ids
     return metrics | {f"coverage@{k}": coverage_at_k(padded, n_items, k) for k in ks}
+
+
+def _check_targets(argument: str, dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and TARGET not in columns:
+        raise ArgumentError(
+            argument,
+            columns,
+            f"there is no column {TARGET!r} to rank",
+            "Pass the validation or test part of a split",
+        )
 
 
 def _with_lengths(dataset: Dataset, column: str) -> Dataset:

@@ -25,11 +25,13 @@ from hf_rece.training.trainer import (
 )
 
 
-@pytest.fixture(scope="module")
-def data():
+def make_data():
     log = generate_interactions(70, 60, seed=0)
     tokenizer = ItemTokenizer.from_interactions(log)
     return tokenizer, leave_one_out_split(log, tokenizer)
+
+
+data = pytest.fixture(make_data, scope="module", name="data")
 
 
 def make_trainer(data, folder, **arguments):
@@ -103,7 +105,9 @@ def test_seen_items_compete_only_when_asked(data, tmp_path):
 def test_predictions_are_of_the_size_of_the_users(data, tmp_path):
     output = make_trainer(data, tmp_path).predict(data[1]["test"])
     n_users = len(data[1]["test"])
-    assert [part.shape for part in output.predictions] == [(n_users,), (n_users,), (n_users, 10)]
+    shapes = [(n_users,), (n_users,), (n_users, 10), (n_users,)]
+    assert [part.shape for part in output.predictions] == shapes
+    assert output.metrics["test_loss"] == pytest.approx(output.predictions[3].mean())
     assert output.label_ids.tolist() == data[1]["test"]["target_id"][:]
 
 
@@ -169,6 +173,13 @@ def test_grouping_by_length_trains_and_evaluates(data, tmp_path):
     assert "eval_ndcg@10" in trainer.evaluate()
 
 
+def test_predictions_keep_the_order_of_users_when_training_groups_by_length(data, tmp_path):
+    test = data[1]["test"]
+    trainer = make_trainer(data, tmp_path, train_sampling_strategy="group_by_length")
+    assert trainer.predict(test).label_ids.tolist() == test["target_id"][:]
+    assert trainer.args.train_sampling_strategy == "group_by_length"
+
+
 def test_most_popular_equals_a_model_that_scores_by_popularity(data, tmp_path):
     tokenizer, splits = data
     trainer = make_trainer(data, tmp_path)
@@ -216,59 +227,73 @@ def test_a_model_without_a_place_for_the_loss_is_refused(tmp_path):
         LargeVocabTrainer(nn.Linear(2, 2), arguments)
 
 
-def test_evaluating_on_training_rows_is_refused(data, tmp_path):
-    with pytest.raises(ArgumentError, match=r"eval_dataset=.*target_id"):
-        make_trainer(data, tmp_path).evaluate(data[1]["train"])
+@pytest.mark.parametrize(
+    ("method", "argument"), [("evaluate", "eval_dataset"), ("predict", "test_dataset")]
+)
+def test_ranking_training_rows_is_refused(data, method, argument, tmp_path):
+    trainer = make_trainer(data, tmp_path)
+    with pytest.raises(ArgumentError, match=rf"{argument}=.*target_id"):
+        getattr(trainer, method)(data[1]["train"])
 
 
 # ------------------------------------------------------------------------------- several processes
 
 DISTRIBUTED = """
-import json, sys
+import json, os, sys
 from pathlib import Path
-import pytest, torch
-sys.path.insert(0, {tests!r})
-from tests.training.test_trainer import make_trainer
-from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.data.splits import leave_one_out_split
-from hf_rece.data.synthetic import generate_interactions
-log = generate_interactions(70, 60, seed=0)
-tokenizer = ItemTokenizer.from_interactions(log)
-trainer = make_trainer(
-    (tokenizer, leave_one_out_split(log, tokenizer)), {folder!r},
-    per_device_eval_batch_size=11, per_device_train_batch_size={batch}, max_steps=3,
-    train_sampling_strategy="sequential", max_grad_norm=0.0,
-)
-assert trainer.args.world_size == {world}, trainer.args.world_size
-before = trainer.evaluate()
-trainer.train()
-after = trainer.evaluate()
-if trainer.is_world_process_zero():
-    keep = {{n: v for n, v in after.items() if "@" in n or "loss" in n}}
-    Path({folder!r}, "out.json").write_text(json.dumps([before["eval_ndcg@10"], keep]))
+sys.path.insert(0, {root!r})
+from tests.training.test_trainer import make_data, train_and_rank
+world, results = train_and_rank(make_data(), {folder!r}, batch=8)
+assert world == 2, world
+Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(results))
 """
 
 
-def run_processes(folder, world, batch):
-    folder.mkdir()
+def train_and_rank(data, folder, batch):
+    """Return the number of processes, and (metrics before, metrics after, sum of the weights)."""
+    trainer = make_trainer(
+        data,
+        folder,
+        per_device_eval_batch_size=11,  # 70 users: the last batch is uneven
+        per_device_train_batch_size=batch,
+        max_steps=3,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+    )
+    results = []
+    for train in (lambda: None, trainer.train):
+        train()
+        metrics = trainer.evaluate()
+        results.append({n: v for n, v in metrics.items() if "@" in n or n == "eval_loss"})
+    total = sum(float(p.detach().double().sum()) for p in trainer.model.parameters())
+    return trainer.args.world_size, [*results, total]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes finds."""
+    folder = tmp_path_factory.mktemp("two")
     script = folder / "script.py"
     root = str(Path(__file__).resolve().parents[2])
-    script.write_text(DISTRIBUTED.format(tests=root, folder=str(folder), world=world, batch=batch))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    script.write_text(DISTRIBUTED.format(root=root, folder=str(folder)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, "--master-port", "29511", str(script)],
+        [*launch, "--nproc-per-node", "2", str(script)],
         capture_output=True,
         text=True,
         check=False,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "out.json").read_text())
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.slow
-def test_two_processes_train_and_rank_like_one(tmp_path):
-    one = run_processes(tmp_path / "one", 1, 16)
-    two = run_processes(tmp_path / "two", 2, 8)
-    assert two[0] == pytest.approx(one[0])
-    assert two[1] == pytest.approx(one[1], rel=1e-3)
+@pytest.mark.parametrize("moment", [0, 1], ids=["before", "after"])
+def test_two_processes_rank_like_one(data, processes, moment, tmp_path):
+    _, wanted = train_and_rank(data, tmp_path, batch=16)
+    assert processes[0][moment] == pytest.approx(wanted[moment], rel=1e-5)
+
+
+def test_two_processes_end_with_the_same_weights_after_an_evaluation(data, processes, tmp_path):
+    _, wanted = train_and_rank(data, tmp_path, batch=16)
+    assert processes[0][2] == processes[1][2] == pytest.approx(wanted[2], rel=1e-5)
