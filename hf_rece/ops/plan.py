@@ -124,21 +124,26 @@ def resolve_tile_bytes(tile_bytes: int | None, device: torch.device) -> int:
 def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tuple[int, int, int]:
     """Return how many groups, tokens and classes go into a tile of `tile_bytes` bytes.
 
-    A tile holds float32 logits and its rows. A group too large for a tile is split, never below
-    MIN_TILE_SIDE tokens and classes: a budget too small for that is exceeded.
+    A tile holds float32 logits, its rows and their gradient. A group too large for a tile is split,
+    never below MIN_TILE_SIDE tokens and classes: a budget too small for that is exceeded.
     """
     budget = tile_bytes // 4
     n, m = max(n, 1), max(m, 1)
-    whole = n * m + (n + m) * width
+    whole = n * m + 2 * (n + m) * width
     if whole <= budget:
         return max(1, min(n_groups, budget // whole)), n, m
-    # The side s of a square tile solves s * s + 2 * s * width = budget.
-    side = max(int((width**2 + budget) ** 0.5) - width, MIN_TILE_SIDE)
+    # The side s of a square tile solves s * s + 4 * s * width = budget.
+    side = int((4 * width**2 + budget) ** 0.5) - 2 * width
     tokens = min(n, max(side, MIN_TILE_SIDE))
-    classes = min(m, max((budget - tokens * width) // (tokens + width), MIN_TILE_SIDE))
+    classes = min(m, max(_fill(budget, tokens, width), MIN_TILE_SIDE))
     if classes == m:
-        tokens = min(n, max((budget - m * width) // (m + width), MIN_TILE_SIDE))
+        tokens = min(n, max(_fill(budget, m, width), MIN_TILE_SIDE))
     return 1, tokens, classes
+
+
+def _fill(budget: int, side: int, width: int) -> int:
+    """Return how long a tile may be whose other side is given."""
+    return (budget - 2 * side * width) // (side + 2 * width)
 
 
 def walk(plan: Plan, width: int) -> Iterator[Tile]:
@@ -147,13 +152,10 @@ def walk(plan: Plan, width: int) -> Iterator[Tile]:
     for grid in plan.grids if plan.n_tokens else ():
         n_groups, n = grid.tokens.shape
         m = plan.n_classes if grid.classes is None else grid.classes.shape[1]
-        # A mask and the integers behind it take about as much as the logits.
-        masked = bool(grid.earlier) or grid.own_labels is not None
-        tile_bytes = plan.tile_bytes // 2 if masked else plan.tile_bytes
-        step_g, step_n, step_m = tile_shape(n_groups, n, m, width, tile_bytes)
+        step_g, step_n, step_m = tile_shape(n_groups, n, m, width, plan.tile_bytes)
         if plan.merge == "maximum" and step_m < m:
             # Groups are compared by their whole log-sum-exp: only their tokens may be split.
-            step_n, step_m = max(1, min(n, tile_bytes // (4 * (m + width)))), m
+            step_n, step_m = max(1, min(n, plan.tile_bytes // (4 * (m + width)))), m
         for g in range(0, n_groups, step_g):
             groups = slice(g, min(g + step_g, n_groups))
             for c in range(0, m, step_m):

@@ -21,6 +21,13 @@ def batched_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right.transpose(1, 2))
 
 
+def batched_transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left (G, n, m) transposed @ right (G, n, k), (G, m, k), outside autograd."""
+    if len(left) == 1:
+        return product(right[0].T, left[0].T).T.unsqueeze(0)
+    return torch.bmm(left.transpose(1, 2), right)
+
+
 def _onednn_serves(left: Tensor) -> bool:
     # The operator is the one that torch.compile calls; builds without oneDNN lack it.
     return (

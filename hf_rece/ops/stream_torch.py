@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_rece.ops.plan import Plan, Tile, walk
-from hf_rece.ops.products import batched_product
+from hf_rece.ops.products import batched_product, batched_transposed_product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -246,8 +246,7 @@ def _add_tile_grads(
         into.hidden.index_add_(0, tokens, grad_hidden.view(len(tokens), -1))
     ids = _row_ids(tile, scores.rows.n_rows)
     if into.rows is not None:
-        weighted = (hidden * factor).transpose(1, 2)  # (G, D, n)
-        grad_rows = batched_product(weighted, share.transpose(1, 2)).transpose(1, 2)
+        grad_rows = batched_transposed_product(share, hidden * factor)
         scores.rows.add_grad(into.rows, ids, grad_rows.reshape(-1, scores.rows.width))
     if into.bias is not None:
         grad_bias = torch.bmm(share.transpose(1, 2), factor).view(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
-from hf_rece.ops.plan import resolve_tile_bytes, tile_shape
+from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
 
@@ -166,7 +166,8 @@ class _Search:
                 _check_ids(name, ids, rows.n_rows, padding=False)
         if seen_ids is not None:
             _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
-        budget = resolve_tile_bytes(tile_bytes, hidden.device)
+        # The mask of a tile's hits and their places take as much again as its scores.
+        budget = resolve_tile_bytes(tile_bytes, hidden.device) // 2
         dtype = accumulation_dtype(hidden.dtype)
         return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
@@ -181,7 +182,7 @@ class _Search:
         n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
         width = self.rows.width
         n_queries = queries.stop - queries.start
-        _, _, step = tile_shape(1, n_queries, n_classes, width, self.tile_bytes)
+        step = max(self.tile_bytes // (4 * (n_queries + width)), MIN_TILE_SIDE)
         step += -step % 8  # see _places
         hidden = self.hidden[queries].to(self.dtype)
         for start in range(0, n_classes, step):

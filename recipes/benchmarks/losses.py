@@ -37,32 +37,31 @@ def dense(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
     return F.cross_entropy(hidden @ weight.T, labels)
 
 
-def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, float]:
+def inputs(n_tokens: int, n_classes: int, width: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape["tokens"], shape["width"], generator=generator)
-    weight = torch.randn(shape["classes"], shape["width"], generator=generator) * 0.1
-    labels = torch.randint(shape["classes"], (shape["tokens"],), generator=generator)
+    hidden = torch.randn(n_tokens, width, generator=generator)
+    weight = torch.randn(n_classes, width, generator=generator).mul_(0.1)
     for tensor in (hidden, weight):
         tensor.requires_grad_()
         tensor.grad = torch.ones_like(tensor).zero_()  # ones first: zeros alone are not touched
+    return hidden, weight, torch.randint(n_classes, (n_tokens,), generator=generator)
 
-    def step(n_tokens: int | None = None, n_classes: int | None = None) -> float:
-        start = time.perf_counter()
-        inputs = (
-            hidden[:n_tokens],
-            weight[:n_classes],
-            labels[:n_tokens] % (n_classes or len(weight)),
-        )
-        loss = dense(*inputs) if loss_type == DENSE else build_loss(loss_type)(*inputs)
-        loss.backward()
-        return time.perf_counter() - start
 
-    step(n_tokens=64, n_classes=512)  # loads the code: it is no part of a loss's memory
+def timed(loss_type: str, tensors: tuple[torch.Tensor, ...]) -> float:
+    start = time.perf_counter()
+    loss = dense(*tensors) if loss_type == DENSE else build_loss(loss_type)(*tensors)
+    loss.backward()
+    return time.perf_counter() - start
+
+
+def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, float]:
+    timed(loss_type, inputs(64, 512, shape["width"]))  # loads the code: no part of a loss's memory
+    tensors = inputs(shape["tokens"], shape["classes"], shape["width"])
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    first = step()
+    first = timed(loss_type, tensors)
     peak = resident_mib("VmHWM") - before
-    times = [step() for _ in range(repeats)] or [first]
+    times = [timed(loss_type, tensors) for _ in range(repeats)] or [first]
     return {"extra_peak_mib": round(peak, 1), "seconds": min(times)}
 
 

@@ -47,8 +47,8 @@ def test_a_tile_keeps_to_its_budget_but_never_collapses(n_groups, n, m, width, t
     assert 1 <= groups <= n_groups
     assert min(n, MIN_TILE_SIDE) <= tokens <= n
     assert min(m, MIN_TILE_SIDE) <= classes <= m
-    size = 4 * groups * (tokens * classes + (tokens + classes) * width)
-    floor = 4 * (MIN_TILE_SIDE**2 + 2 * MIN_TILE_SIDE * width)
+    size = 4 * groups * (tokens * classes + 2 * (tokens + classes) * width)
+    floor = 4 * (MIN_TILE_SIDE**2 + 4 * MIN_TILE_SIDE * width)
     assert size <= max(tile_bytes, floor) or (tokens, classes) == (MIN_TILE_SIDE, MIN_TILE_SIDE)
 
 
