@@ -42,8 +42,9 @@ class Grid:
         tokens: (G, n) integers below N; N pads a ragged group.
         classes: (G, m) integers below C; C pads a ragged group. None with G = 1 means all classes
             in order, read as slices.
-        skip: (S, 3) int64, sorted by its first column: (group, token position, class position) of
-            single pairs to drop. Labels are dropped so, because they are scored apart.
+        skip: (S, 3) int64 (group, token position, class position) of single pairs to drop, sorted
+            by group; with `classes=None` by class position. Labels are dropped so, because they are
+            scored apart.
         own_labels: (N + 1,) integers: drop every pair whose class is the token's label. For grids
             where a label's position is not known, or where a class may occur twice in a group.
         earlier: drop the pairs that these rounds have already scored.
@@ -174,7 +175,12 @@ def _cut(
     n_columns = columns.stop - columns.start
     skip = None
     if grid.skip is not None:
-        skip = _skip_in_tile(grid.skip, groups, tokens, columns)
+        sorted_by, piece = (2, columns) if grid.classes is None else (0, groups)
+        first, last = torch.searchsorted(
+            grid.skip[:, sorted_by].contiguous(),
+            torch.tensor([piece.start, piece.stop], device=token_ids.device),
+        ).tolist()
+        skip = _skip_in_tile(grid.skip[first:last], groups, tokens, columns)
     if grid.blocked is not None:
         inside = grid.blocked[(grid.blocked >= columns.start) & (grid.blocked < columns.stop)]
         blocked = torch.zeros(n_columns, dtype=torch.bool, device=token_ids.device)
@@ -211,10 +217,7 @@ def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor 
 
 
 def _skip_in_tile(skip: Tensor, groups: slice, tokens: slice, columns: slice) -> Tensor | None:
-    first, last = torch.searchsorted(
-        skip[:, 0].contiguous(), torch.tensor([groups.start, groups.stop], device=skip.device)
-    ).tolist()
-    group, token, column = skip[first:last].unbind(1)
+    group, token, column = skip.unbind(1)
     inside = (
         (token >= tokens.start)
         & (token < tokens.stop)

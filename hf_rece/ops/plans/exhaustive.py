@@ -21,11 +21,11 @@ def exhaustive_plan(
     """
     n_tokens = len(labels)
     tokens = torch.arange(n_tokens, dtype=torch.int32, device=labels.device)
-    zeros = torch.zeros_like(labels)
+    pairs = torch.stack([torch.zeros_like(labels), tokens.long(), labels], dim=1)
     grid = Grid(
         tokens=tokens.unsqueeze(0),
         classes=None,
-        skip=torch.stack([zeros, tokens.long(), labels], dim=1),
+        skip=pairs[labels.argsort()],
         blocked=excluded_ids,
     )
     return Plan((grid,), "logaddexp", n_tokens, n_classes, tile_bytes)
