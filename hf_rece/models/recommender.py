@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,16 @@ from transformers.utils.hub import cached_file
 from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
+from hf_rece.models.recommendation import (
+    Recommendation,
+    known_histories,
+    named_recommendations,
+)
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.ops.topk import label_rank, streamed_topk
+
+# Knobs that change what the model's probabilities are, rather than how they are estimated.
+LOGIT_SHAPING = ("logit_scale", "logit_softcap")
 
 
 @strict
@@ -28,8 +37,8 @@ class RecommenderConfig(PreTrainedConfig):
     """Configuration of RecommenderModel.
 
     Args:
-        backbone: configuration of any decoder that AutoModel knows, or its dictionary; its
-            vocab_size is overwritten. None for SASRec.
+        backbone: configuration of any decoder that AutoModel knows, or its dictionary; copied,
+            with vocab_size and the special tokens overwritten. None for SASRec.
         vocab_size: items and padding.
         tie_word_embeddings: score items by their input embeddings; otherwise by rows of their own.
         output_bias: add a learned bias for each item.
@@ -37,7 +46,7 @@ class RecommenderConfig(PreTrainedConfig):
         loss_kwargs: its knobs.
 
     Raises:
-        ArgumentError: for an unknown loss or knob.
+        ArgumentError: for an unknown loss or knob, or a reduction other than "mean".
     """
 
     model_type = "hf_rece_recommender"
@@ -61,11 +70,18 @@ class RecommenderConfig(PreTrainedConfig):
             )
         elif self.backbone is None:
             self.backbone = SASRecConfig()
+        else:
+            self.backbone = copy.deepcopy(self.backbone)
         self.backbone.vocab_size = self.vocab_size
         self.backbone.pad_token_id = self.pad_token_id
         self.backbone.use_cache = False
         self.backbone.bos_token_id = self.backbone.eos_token_id = None
-        build_loss(self.loss_type, **(self.loss_kwargs or {}))
+        knobs = self.loss_kwargs or {}
+        build_loss(self.loss_type, **knobs)
+        if knobs.get("reduction", "mean") != "mean":
+            raise ArgumentError(
+                "reduction", knobs["reduction"], "training needs a mean", "Leave it out"
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -100,19 +116,6 @@ class RecommenderOutput(ModelOutput):
     tied: Tensor | None = None
     topk_ids: Tensor | None = None
     losses: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Args:
-        item: the user's own item id.
-        score: its logit.
-    """
-
-    item: Item
-    score: float
 
 
 class RecommenderModel(PreTrainedModel):
@@ -207,6 +210,9 @@ class RecommenderModel(PreTrainedModel):
         Raises:
             ArgumentError: for labels out of range, and whatever the loss raises.
         """
+        if attention_mask is not None and self._counts_padding(attention_mask):
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            kwargs.setdefault("position_ids", positions)
         hidden = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, **kwargs
         ).last_hidden_state
@@ -219,8 +225,15 @@ class RecommenderModel(PreTrainedModel):
             loss = self._training_loss(hidden, labels, states, targets, num_items_in_batch)
             return RecommenderOutput(loss=loss, logits=logits)
         weight, bias, excluded = self.item_head.weight, self.item_head.bias, self._excluded()
+        shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
         losses = cross_entropy_loss(
-            states, weight, targets, bias=bias, excluded_ids=excluded, reduction="none"
+            states,
+            weight,
+            targets,
+            bias=bias,
+            excluded_ids=excluded,
+            reduction="none",
+            **shaping,
         )
         count = max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch
         output = RecommenderOutput(loss=losses.sum() / count, logits=logits, losses=losses)
@@ -230,6 +243,11 @@ class RecommenderModel(PreTrainedModel):
             output.greater, output.tied = label_rank(states, weight, targets, **search)
             output.topk_ids = streamed_topk(states, weight, rank_k, **search)[1]
         return output
+
+    def _counts_padding(self, attention_mask: Tensor) -> bool:
+        """Return whether the backbone would count the padding on the left as positions."""
+        takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        return takes_positions and bool((attention_mask[:, 0] == 0).any())
 
     def _training_loss(
         self,
@@ -279,7 +297,8 @@ class RecommenderModel(PreTrainedModel):
             batch_size: histories encoded at once.
 
         Raises:
-            ArgumentError: if the model has no tokenizer, or k < 1.
+            ArgumentError: if the model has no tokenizer, k or batch_size < 1, or histories is one
+                history rather than a list of them.
             DataError: if an allowed item is unknown.
         """
         tokenizer = self.tokenizer
@@ -287,28 +306,27 @@ class RecommenderModel(PreTrainedModel):
             raise ArgumentError(
                 "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"
             )
-        known = [tokenizer.known_items(history) for history in histories]
-        _warn_of_unknown(histories, known)
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise ArgumentError(name, value, "nothing would be answered", "Pass 1 or more")
+        known = known_histories(tokenizer, histories)
         allowed = None
         if allowed_items is not None:
             allowed_ids = sorted(set(tokenizer.convert_items_to_ids(allowed_items)))
             allowed = torch.tensor(allowed_ids, dtype=torch.long, device=self.device)
-        was_training = self.training
-        self.eval()
         answers: list[list[Recommendation]] = [[] for _ in histories]
         answerable = [i for i, history in enumerate(known) if history]
-        for start in range(0, len(answerable), batch_size):
-            rows = answerable[start : start + batch_size]
-            batch = [known[i] for i in rows]
-            scores, ids = self._recommend_ids(tokenizer, batch, k, filter_seen, allowed)
-            for i, row_scores, row_ids in zip(rows, scores.tolist(), ids.tolist(), strict=True):
-                found = [(j, s) for j, s in zip(row_ids, row_scores, strict=True) if j >= 0]
-                items = tokenizer.convert_ids_to_items(j for j, _ in found)
-                answers[i] = [
-                    Recommendation(item, score)
-                    for item, (_, score) in zip(items, found, strict=True)
-                ]
-        self.train(was_training)
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(answerable), batch_size):
+                rows = answerable[start : start + batch_size]
+                batch = [known[i] for i in rows]
+                scores, ids = self._recommend_ids(tokenizer, batch, k, filter_seen, allowed)
+                for i, row_scores, row_ids in zip(rows, scores.tolist(), ids.tolist(), strict=True):
+                    answers[i] = named_recommendations(tokenizer, row_scores, row_ids)
+        finally:
+            self.train(was_training)
         return answers
 
     def _recommend_ids(
@@ -376,17 +394,3 @@ def _name_of_embeddings(backbone: PreTrainedModel) -> str:
     embeddings = backbone.get_input_embeddings()
     names: dict[int, str] = {id(module): name for name, module in backbone.named_modules()}
     return names[id(embeddings)]
-
-
-def _warn_of_unknown(histories: Sequence[Sequence[Item]], known: Sequence[Sequence[Item]]) -> None:
-    unknown = {
-        item
-        for history, kept in zip(histories, known, strict=True)
-        for item in set(history) - set(kept)
-    }
-    if unknown:
-        shown = ", ".join(sorted(map(repr, unknown))[:5])
-        warnings.warn(
-            f"{len(unknown)} items are not in the vocabulary and were left out: {shown}",
-            stacklevel=3,
-        )

@@ -23,11 +23,14 @@ LLAMA = {
 }
 BACKBONES = {
     "sasrec": lambda: SASRecConfig(hidden_size=16, max_position_embeddings=20),
+    "sasrec without dropout": lambda: SASRecConfig(
+        hidden_size=16, max_position_embeddings=20, dropout=0.0
+    ),
     "gpt2": lambda: GPT2Config(n_embd=16, n_head=2, n_layer=2, n_positions=20),
     "llama": lambda: LlamaConfig(**LLAMA),
     "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=8),
 }
-every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+every_backbone = pytest.mark.parametrize("backbone", ["sasrec", "gpt2", "llama", "qwen3"])
 
 
 def make(backbone="sasrec", **knobs):
@@ -109,6 +112,36 @@ def test_evaluation_is_exact_whatever_the_training_loss():
     inputs = batch()
     model = make(loss_type="bce").eval()
     torch.testing.assert_close(model(**inputs).loss, dense_loss(model, inputs))
+
+
+@pytest.mark.parametrize("knob", [{"logit_scale": 5.0}, {"logit_softcap": 0.05}])
+def test_evaluation_shapes_logits_as_training_does(knob):
+    inputs = batch()
+    model = make("sasrec without dropout", loss_kwargs=knob)
+    plain = make("sasrec without dropout").eval()(**inputs).loss
+    evaluated = model.eval()(**inputs).loss
+    torch.testing.assert_close(evaluated, model.train()(**inputs).loss)
+    assert (evaluated - plain).abs() > 1e-4
+
+
+@every_backbone
+def test_padding_on_either_side_gives_the_same_last_state(backbone):
+    model = make(backbone).eval()
+    ids = torch.randint(1, 30, (1, 5))
+    zeros, ones = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)
+
+    def states(*order):
+        parts = {"ids": (ids, ones), "pad": (zeros, zeros)}
+        inputs, mask = (torch.cat([parts[name][i] for name in order], 1) for i in (0, 1))
+        return model(input_ids=inputs, attention_mask=mask).last_hidden_state[mask == 1]
+
+    torch.testing.assert_close(states("pad", "ids"), states("ids", "pad"), atol=1e-5, rtol=1e-5)
+
+
+def test_the_losses_of_evaluation_have_the_loss_as_their_mean():
+    output = make().eval()(**batch())
+    assert output.losses.shape == (18,)
+    torch.testing.assert_close(output.losses.mean(), output.loss)
 
 
 def test_num_items_in_batch_scales_the_loss():
@@ -229,6 +262,20 @@ def test_recommending_leaves_the_mode_as_it_was():
     assert model.training
 
 
+def test_a_failure_leaves_the_mode_as_it_was():
+    model = make().train()
+    model.item_head = None
+    with pytest.raises(AttributeError):
+        model.recommend([["item 1"]])
+    assert model.training
+
+
+def test_the_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="'x'") as caught:
+        make().recommend([["item 1", "x"]])
+    assert caught[0].filename == __file__
+
+
 def test_batches_do_not_change_the_answers():
     model = make()
     histories = [ITEMS[i : i + 1 + i % 5] for i in range(20)]
@@ -240,6 +287,11 @@ def test_batches_do_not_change_the_answers():
     ("call", "message"),
     [
         (lambda model: model.recommend([["item 1"]], k=0), "k=0"),
+        (lambda model: model.recommend([[]], k=0), "k=0"),
+        (lambda model: model.recommend([["item 1"]], batch_size=0), "batch_size=0"),
+        (lambda model: model.recommend(["item 1", "item 2"]), r"histories=.*Pass \[history\]"),
+        (lambda model: model.recommend("item 1"), "histories='item 1'"),
+        (lambda model: model.recommend([1, 2]), r"histories=\[1, 2\]"),
         (lambda model: model.recommend([["item 1"]], allowed_items=["z"]), "'z'"),
         (
             lambda model: setattr(model, "tokenizer", None) or model.recommend([["item 1"]]),
@@ -257,3 +309,11 @@ def test_a_bad_loss_fails_when_the_configuration_is_made():
         RecommenderConfig(loss_type="recee")
     with pytest.raises(ArgumentError, match="n_round"):
         RecommenderConfig(loss_type="rece", loss_kwargs={"n_round": 3})
+    with pytest.raises(ArgumentError, match="reduction='none'"):
+        RecommenderConfig(loss_kwargs={"reduction": "none"})
+
+
+def test_a_configuration_leaves_the_backbones_as_it_was():
+    backbone = SASRecConfig(vocab_size=7)
+    one, other = (RecommenderConfig(backbone=backbone, vocab_size=size) for size in (30, 99))
+    assert (backbone.vocab_size, one.backbone.vocab_size, other.backbone.vocab_size) == (7, 30, 99)

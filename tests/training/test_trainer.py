@@ -241,11 +241,14 @@ def test_ranking_training_rows_is_refused(data, method, argument, tmp_path):
 DISTRIBUTED = """
 import json, os, sys
 from pathlib import Path
+import torch.distributed
 sys.path.insert(0, {root!r})
 from tests.training.test_trainer import make_data, train_and_rank
 world, results = train_and_rank(make_data(), {folder!r}, batch=8)
 assert world == 2, world
 Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(results))
+torch.distributed.barrier()  # neither process leaves while the other still talks to it
+torch.distributed.destroy_process_group()
 """
 
 

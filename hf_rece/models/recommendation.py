@@ -1,0 +1,69 @@
+"""What goes into recommend and what comes out: histories and answers in the user's own ids."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_rece.data.item_tokenizer import Item, ItemTokenizer
+from hf_rece.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Args:
+        item: the user's own item id.
+        score: its logit.
+    """
+
+    item: Item
+    score: float
+
+
+def known_histories(
+    tokenizer: ItemTokenizer, histories: Sequence[Sequence[Item]]
+) -> list[list[Item]]:
+    """Return the known items of each history; one warning names those that are not known.
+
+    Args:
+        tokenizer: the model's vocabulary of items.
+        histories: lists of item ids in order of time.
+
+    Raises:
+        ArgumentError: if histories is one history rather than a list of them.
+    """
+    if isinstance(histories, str) or any(isinstance(history, (str, int)) for history in histories):
+        raise ArgumentError(
+            "histories", histories, "one history, not a list of them", "Pass [history]"
+        )
+    known = [tokenizer.known_items(history) for history in histories]
+    unknown = {
+        item
+        for history, kept in zip(histories, known, strict=True)
+        for item in set(history) - set(kept)
+    }
+    if unknown:
+        shown = ", ".join(sorted(map(repr, unknown))[:5])
+        warnings.warn(
+            f"{len(unknown)} items are not in the vocabulary and were left out: {shown}",
+            stacklevel=4,  # recommend's caller, past its inference_mode
+        )
+    return known
+
+
+def named_recommendations(
+    tokenizer: ItemTokenizer, scores: Sequence[float], ids: Sequence[int]
+) -> list[Recommendation]:
+    """Return the answer to one history.
+
+    Args:
+        tokenizer: the model's vocabulary of items.
+        scores: (k,), best first.
+        ids: (k,) token ids, -1 for the missing entries at the end.
+    """
+    n_found = sum(token >= 0 for token in ids)
+    items = tokenizer.convert_ids_to_items(ids[:n_found])
+    return [Recommendation(*pair) for pair in zip(items, scores[:n_found], strict=True)]
