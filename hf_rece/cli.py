@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from hf_rece.errors import ArgumentError, HfReceError
+from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.training.args import RecommenderTrainingArguments
 from hf_rece.training.run import (
@@ -107,23 +108,26 @@ def evaluate(words: Sequence[str] | None = None) -> None:
     data, which = parse((DataArguments, EvaluateArguments), words, "evaluate")
     model = RecommenderModel.from_pretrained(which.model_name_or_path)
     _, splits = prepare_log(data, model.tokenizer)
-    training = RecommenderTrainingArguments(
-        per_device_eval_batch_size=which.per_device_eval_batch_size,
-        max_length=model.config.longest_history or RecommenderTrainingArguments.max_length,
-    )
-    show_metrics({"model": evaluate_recommender(RecommenderTrainer(model, training), splits)})
+    with TemporaryDirectory() as folder:  # Trainer makes its folder even where nothing is saved
+        training = RecommenderTrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=which.per_device_eval_batch_size,
+            max_length=model.config.longest_history or RecommenderTrainingArguments.max_length,
+        )
+        metrics = evaluate_recommender(RecommenderTrainer(model, training), splits)
+    show_metrics({"model": metrics})
 
 
 def recommend(words: Sequence[str] | None = None) -> None:
     """Print the best next items of each history."""
     (arguments,) = parse((RecommendArguments,), words, "recommend")
     model = RecommenderModel.from_pretrained(arguments.model_name_or_path)
-    histories = [arguments.history]
+    histories: list[list[Any]] = [arguments.history]
     if arguments.histories_file:
-        lines = Path(arguments.histories_file).read_text("utf-8").splitlines()
-        histories = [json.loads(line) for line in lines if line.strip()]
+        histories = read_histories(arguments.histories_file)
     elif model.tokenizer is not None and isinstance(model.tokenizer.items[0], int):
-        histories = [[int(item) for item in arguments.history]]
+        # What is no integer is no item of this model; recommend says so.
+        histories = [[_as_integer(item) for item in arguments.history]]
     answers = model.recommend(histories, arguments.k, filter_seen=not arguments.keep_seen)
     table = Table(title="Recommendations")
     for name in ("history", "rank", "item", "score"):
@@ -135,6 +139,28 @@ def recommend(words: Sequence[str] | None = None) -> None:
     Console().print(table)
 
 
+def read_histories(path: str) -> list[list[Any]]:
+    """Return the histories of a file of JSON lines.
+
+    Raises:
+        DataError: naming the file, or the line that is not a list.
+    """
+    histories = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            history = json.loads(line)
+        except json.JSONDecodeError:
+            history = None
+        if not isinstance(history, list):
+            raise DataError(
+                f"{path}, line {number}", "not a JSON list", 'Write a history as ["item", "item"]'
+            )
+        histories.append(history)
+    return histories
+
+
 def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
@@ -144,14 +170,17 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
         command: shown in the help.
 
     Raises:
-        ArgumentError: for a key of the YAML file that no dataclass has.
+        ArgumentError: for two YAML files, or a key that no dataclass has.
+        DataError: for a YAML file that cannot be read.
     """
     words = list(sys.argv[1:] if words is None else words)
     parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    if len(files) > 1:
+        raise ArgumentError("config", files, "more than one file", "Pass one of them")
     if files:
         words = [word for word in words if word not in files and word != "--config"]
-        settings = yaml.safe_load(Path(files[0]).read_text("utf-8")) or {}
+        settings = _read_yaml(files[0])
         known = {item.name for each in types for item in fields(each)}
         unknown = sorted(set(settings) - known)
         if unknown:
@@ -160,6 +189,33 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
             )
         parser.set_defaults(**settings)
     return tuple(parser.parse_args_into_dataclasses(words))
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    text = _read(path)
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise DataError(
+            path, f"not YAML: {error}", "Write one setting a line, name: value"
+        ) from None
+    if not isinstance(settings, dict):
+        raise DataError(path, "not a mapping", "Write one setting a line, name: value")
+    return settings
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise DataError(path, "no such file", "Check the path") from None
+
+
+def _as_integer(word: str) -> int | str:
+    try:
+        return int(word)
+    except ValueError:
+        return word
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "recommend": recommend}

@@ -5,7 +5,7 @@ import json
 import polars as pl
 import pytest
 
-from hf_rece import cli
+from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli
 from hf_rece.errors import ArgumentError, DataError
 
 QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
@@ -45,6 +45,13 @@ def test_evaluate_repeats_the_metrics_of_training(trained, capsys):
     assert f"{metrics['loss']:.4f}" in shown
 
 
+def test_evaluate_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    folder, where = trained
+    monkeypatch.chdir(tmp_path)
+    cli.evaluate([*where, "--model_name_or_path", str(folder / "model")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_recommend_answers_histories_given_and_from_a_file(trained, capsys):
     folder, _ = trained
     items = json.loads((folder / "model" / "items.json").read_text())
@@ -72,6 +79,54 @@ def test_an_unknown_yaml_key_is_named(tmp_path):
     path.write_text("hiden_size: 12\n")
     with pytest.raises(ArgumentError, match="hiden_size"):
         cli.parse((cli.ModelArguments,), [str(path)], "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", r"run\.yaml: not YAML"), ("- a\n- b\n", r"run\.yaml: not a mapping")],
+)
+def test_a_yaml_file_that_cannot_be_read_is_named(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        cli.parse((cli.ModelArguments,), [str(path)], "train")
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no\.yaml: no such file"):
+        cli.parse((cli.ModelArguments,), [str(tmp_path / "no.yaml")], "train")
+
+
+def test_two_yaml_files_are_refused():
+    with pytest.raises(ArgumentError, match="more than one file"):
+        cli.parse((cli.ModelArguments,), ["a.yaml", "b.yaml"], "train")
+
+
+@pytest.mark.parametrize("line", ["not json", '"item"', '{"item": 1}'])
+def test_a_history_that_is_no_list_is_named(line, tmp_path):
+    path = tmp_path / "histories.jsonl"
+    path.write_text(f'["item"]\n\n{line}\n')
+    with pytest.raises(DataError, match=r"histories\.jsonl, line 3: not a JSON list"):
+        cli.read_histories(str(path))
+
+
+def test_a_missing_file_of_histories_is_named():
+    with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
+        cli.read_histories("no.jsonl")
+
+
+def test_items_that_are_integers_are_read_as_such(tmp_path, capsys):
+    model = RecommenderModel(RecommenderConfig(backbone={"hidden_size": 8}, vocab_size=6))
+    model.tokenizer = ItemTokenizer(items=[10, 20, 30, 40, 50])
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()
+    words = ["--model_name_or_path", str(tmp_path), "--k", "4", "--history", "10"]
+    cli.recommend(words)
+    shown = capsys.readouterr().out
+    assert all(str(item) in shown for item in (20, 30, 40, 50))
+    with pytest.warns(UserWarning, match="'abc'"):
+        cli.recommend([*words, "abc"])
+    assert capsys.readouterr().out.count(" 20 ") == shown.count(" 20 ")
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "llama", "qwen3"])
