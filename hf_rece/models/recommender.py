@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers.utils.hub import cached_file
 from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
+from hf_rece.models.backbone import as_backbone
 from hf_rece.models.recommendation import (
     Recommendation,
     known_histories,
@@ -46,7 +46,8 @@ class RecommenderConfig(PreTrainedConfig):
         loss_kwargs: its knobs.
 
     Raises:
-        ArgumentError: for an unknown loss or knob, or a reduction other than "mean".
+        ArgumentError: for an unknown loss or knob, a reduction other than "mean", or a backbone
+            that is no decoder.
     """
 
     model_type = "hf_rece_recommender"
@@ -61,21 +62,7 @@ class RecommenderConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.backbone, dict):
-            backbone = dict(self.backbone)
-            model_type = backbone.pop("model_type", SASRecConfig.model_type)
-            known = SASRecConfig if model_type == SASRecConfig.model_type else None
-            self.backbone = (
-                known(**backbone) if known else AutoConfig.for_model(model_type, **backbone)
-            )
-        elif self.backbone is None:
-            self.backbone = SASRecConfig()
-        else:
-            self.backbone = copy.deepcopy(self.backbone)
-        self.backbone.vocab_size = self.vocab_size
-        self.backbone.pad_token_id = self.pad_token_id
-        self.backbone.use_cache = False
-        self.backbone.bos_token_id = self.backbone.eos_token_id = None
+        self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
         knobs = self.loss_kwargs or {}
         build_loss(self.loss_type, **knobs)
         if knobs.get("reduction", "mean") != "mean":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -20,11 +21,6 @@ class LargeVocabTrainingArguments(TrainingArguments):
         ArgumentError: for an unknown loss or knob, or knobs without a loss.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "loss_kwargs",
-    ]
-
     loss_type: str | None = field(
         default=None,
         metadata={
@@ -37,6 +33,8 @@ class LargeVocabTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss_kwargs, str):  # from the command line
+            self.loss_kwargs = _json_object("loss_kwargs", self.loss_kwargs)
         super().__post_init__()
         # Pinned memory without an accelerator only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -44,12 +42,18 @@ class LargeVocabTrainingArguments(TrainingArguments):
             raise ArgumentError(
                 "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"
             )
-        if isinstance(self.loss_kwargs, str):
-            raise ArgumentError(
-                "loss_kwargs", self.loss_kwargs, "not a JSON object", "Pass '{\"knob\": value}'"
-            )
         if self.loss_type is not None:
             build_loss(self.loss_type, **(self.loss_kwargs or {}))
+
+
+def _json_object(argument: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArgumentError(argument, text, "not a JSON object", "Pass '{\"knob\": value}'")
+    return value
 
 
 @dataclass

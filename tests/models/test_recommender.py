@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModel, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError, DataError
@@ -26,6 +26,7 @@ BACKBONES = {
     "sasrec without dropout": lambda: SASRecConfig(
         hidden_size=16, max_position_embeddings=20, dropout=0.0
     ),
+    "bert": lambda: BertConfig(**BERT),
     "gpt2": lambda: GPT2Config(n_embd=16, n_head=2, n_layer=2, n_positions=20),
     "llama": lambda: LlamaConfig(**LLAMA),
     "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=8),
@@ -122,6 +123,35 @@ def test_evaluation_shapes_logits_as_training_does(knob):
     evaluated = model.eval()(**inputs).loss
     torch.testing.assert_close(evaluated, model.train()(**inputs).loss)
     assert (evaluated - plain).abs() > 1e-4
+
+
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 20,
+}
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "gpt2", "llama", "qwen3", "bert"])
+def test_no_backbone_sees_later_items(backbone):
+    model = make(backbone).eval()
+    ids = torch.randint(2, 30, (2, 8))
+    changed = ids.clone()
+    changed[:, 5:] = 1
+    mask = torch.ones_like(ids)
+    early, same = (
+        model(input_ids=each, attention_mask=mask).last_hidden_state[:, :5]
+        for each in (ids, changed)
+    )
+    torch.testing.assert_close(early, same, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["albert", "modernbert", "t5"])
+def test_a_backbone_that_is_no_decoder_is_refused(model_type):
+    with pytest.raises(ArgumentError, match=f"backbone='{model_type}': no decoder"):
+        RecommenderConfig(backbone={"model_type": model_type})
 
 
 @every_backbone

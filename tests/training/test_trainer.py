@@ -204,6 +204,12 @@ def test_knobs_need_a_loss(tmp_path):
         LargeVocabTrainingArguments(output_dir=str(tmp_path), loss_kwargs={"n_rounds": 1})
 
 
+@pytest.mark.parametrize("text", ["{bad", "rounds", "[1]"])
+def test_knobs_that_are_no_json_object_are_refused(text, tmp_path):
+    with pytest.raises(ArgumentError, match=r"loss_kwargs=.*not a JSON object"):
+        LargeVocabTrainingArguments(output_dir=str(tmp_path), loss_type="rece", loss_kwargs=text)
+
+
 def test_an_unknown_loss_fails_before_training(tmp_path):
     with pytest.raises(ArgumentError, match="loss_type='recee'"):
         LargeVocabTrainingArguments(output_dir=str(tmp_path), loss_type="recee")

@@ -1,0 +1,48 @@
+"""Which configurations may be the backbone of a recommender, and what becomes of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_rece.errors import ArgumentError
+from hf_rece.models.sasrec import SASRecConfig
+
+
+def as_backbone(
+    backbone: dict[str, Any] | PreTrainedConfig | None, vocab_size: int, pad_token_id: int | None
+) -> PreTrainedConfig:
+    """Return the configuration of a decoder over items; the given one stays as it was.
+
+    Args:
+        backbone: configuration, or its dictionary; None for SASRec.
+        vocab_size: items and padding.
+        pad_token_id: token that fills up sequences.
+
+    Raises:
+        ArgumentError: for an architecture of transformers that is no decoder.
+    """
+    if isinstance(backbone, dict):
+        settings = dict(backbone)
+        model_type = settings.pop("model_type", SASRecConfig.model_type)
+        known = model_type == SASRecConfig.model_type  # whether or not it is registered
+        config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
+    else:
+        config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
+    # Labels are aligned with the inputs: a model that sees later items would read the answer.
+    theirs = config.model_type in CONFIG_MAPPING_NAMES
+    if theirs and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ArgumentError(
+            "backbone", config.model_type, "no decoder", "Pass sasrec, gpt2, llama, qwen3 or alike"
+        )
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    config.vocab_size = vocab_size
+    config.pad_token_id = pad_token_id
+    config.use_cache = False
+    config.bos_token_id = config.eos_token_id = None
+    return config
