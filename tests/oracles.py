@@ -80,3 +80,13 @@ def binary_losses(logits, labels, negatives, beta=1.0):
                 loss = loss - F.logsigmoid(-logits[i, j])
         losses.append(loss / (len(negatives[i]) + 1))
     return torch.stack(losses)
+
+
+def assert_same_gradients(loss, wanted, *tensors):
+    """The sums of both losses have equal gradients in every tensor."""
+    for got, want in zip(
+        torch.autograd.grad(loss.sum(), tensors),
+        torch.autograd.grad(wanted.sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)

@@ -7,22 +7,7 @@
 The same as `hf-rece train`. Every flag of transformers.TrainingArguments works; --help lists them.
 """
 
-from hf_rece.cli import TrainDefaults, parse
-from hf_rece.training.run import (
-    DataArguments,
-    ModelArguments,
-    show_metrics,
-    show_recommendations,
-    train_recommender,
-)
-
-
-def main() -> None:
-    data, model, training = parse((DataArguments, ModelArguments, TrainDefaults), None, "train")
-    run = train_recommender(data, model, training)
-    show_metrics({"most popular": run.baseline, str(run.model.config.loss_type): run.metrics})
-    show_recommendations(run)
-
+from hf_rece.cli import train
 
 if __name__ == "__main__":
-    main()
+    train()
