@@ -14,7 +14,7 @@ from transformers import EvalPrediction, Trainer
 from hf_rece.data.collator import SequenceCollator
 from hf_rece.data.splits import HISTORY, TARGET
 from hf_rece.errors import ArgumentError
-from hf_rece.metrics.ranking import coverage_at_k, ranking_metrics
+from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 
 
@@ -201,12 +201,12 @@ def most_popular_metrics(
         tied.append(not_above - below - 1 - int((of_seen == own).sum()))
         head = best_first[: max(ks) + len(seen)]
         topk_ids.append(head[~np.isin(head, seen)][: max(ks)])
-    metrics = ranking_metrics(np.array(greater), np.array(tied), ks=ks)
-    width = max(ks)
-    padded = np.full((len(topk_ids), width), -1)
+    padded = np.full((len(topk_ids), max(ks)), -1)
     for i, ids in enumerate(topk_ids):
         padded[i, : len(ids)] = ids
-    return metrics | {f"coverage@{k}": coverage_at_k(padded, n_items, k) for k in ks}
+    return ranking_metrics(
+        np.array(greater), np.array(tied), ks=ks, topk_ids=padded, n_items=n_items
+    )
 
 
 def _check_targets(argument: str, dataset: Any) -> None:
