@@ -33,10 +33,10 @@ class OutputRows(Protocol):
     def rows(self, ids: Tensor | slice) -> Tensor:
         """Return rows (K, D) for class ids (K,) int64 or a slice of classes."""
 
-    def add_grad(self, grads: tuple[Tensor, ...], ids: Tensor | slice, grad: Tensor) -> None:
+    def add_grad(self, grads: tuple[Tensor | None, ...], ids: Tensor | slice, grad: Tensor) -> None:
         """Add the gradient (K, D) of rows `ids` into `grads`, one buffer for each of `tensors()`.
 
-        An id may occur several times in `ids`.
+        A buffer is None where its tensor wants no gradient. An id may occur several times in `ids`.
         """
 
 
@@ -68,9 +68,11 @@ class DenseRows:
         """Return rows (K, D); a slice is a view."""
         return self.weight[ids] if isinstance(ids, slice) else self.weight.index_select(0, ids)
 
-    def add_grad(self, grads: tuple[Tensor, ...], ids: Tensor | slice, grad: Tensor) -> None:
+    def add_grad(self, grads: tuple[Tensor | None, ...], ids: Tensor | slice, grad: Tensor) -> None:
         """Add `grad` (K, D) to the rows `ids` of the one gradient buffer."""
         (buffer,) = grads
+        if buffer is None:
+            return
         if isinstance(ids, slice):
             buffer[ids] += grad
         else:

@@ -95,7 +95,7 @@ class _Stream(torch.autograd.Function):
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[5:]
         into = Gradients(
             hidden=_buffer(hidden) if wants_hidden else None,
-            rows=tuple(_buffer(tensor) for tensor in tensors) if any(wants_rows) else None,
+            rows=_row_buffers(tensors, wants_rows),
             bias=_buffer(bias) if wants_bias else None,
         )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
@@ -103,8 +103,8 @@ class _Stream(torch.autograd.Function):
             stream_torch.label_backward(scores, labels, grad_own, into, ctx.plan.tile_bytes)
             stream_torch.backward(scores, ctx.plan, merged, winner, padded, into)
         rows_grads = [
-            into.rows[i].to(tensor.dtype) if into.rows is not None and wanted else None
-            for i, (tensor, wanted) in enumerate(zip(tensors, wants_rows, strict=True))
+            None if buffer is None else buffer.to(tensor.dtype)
+            for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)
         ]
         return (
             None,
@@ -116,6 +116,14 @@ class _Stream(torch.autograd.Function):
             None if into.bias is None else into.bias.to(bias.dtype),
             *rows_grads,
         )
+
+
+def _row_buffers(tensors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...] | None:
+    if not any(wanted):
+        return None
+    return tuple(
+        _buffer(tensor) if wants else None for tensor, wants in zip(tensors, wanted, strict=True)
+    )
 
 
 def _buffer(tensor: Tensor) -> Tensor:

@@ -44,12 +44,12 @@ class Gradients:
 
     Args:
         hidden: (N, D) in the accumulation dtype.
-        rows: one buffer for each of the rows' tensors.
+        rows: one buffer for each of the rows' tensors, None for those without a gradient.
         bias: (C,) in the accumulation dtype.
     """
 
     hidden: Tensor | None
-    rows: tuple[Tensor, ...] | None
+    rows: tuple[Tensor | None, ...] | None
     bias: Tensor | None
 
 

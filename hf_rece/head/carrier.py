@@ -1,0 +1,176 @@
+"""Losses that travel through a model in the place of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_rece.errors import ArgumentError
+from hf_rece.head.shaping import Operation, not_understood
+
+_SCALARS = {
+    "mul": "mul", "mul_": "mul", "multiply": "mul", "__mul__": "mul", "__rmul__": "mul",
+    "__imul__": "mul", "div": "div", "div_": "div", "true_divide": "div", "__truediv__": "div",
+    "__itruediv__": "div", "add": "add", "add_": "add", "__add__": "add", "__radd__": "add",
+    "sub": "sub", "sub_": "sub", "__sub__": "sub", "neg": "neg", "__neg__": "neg",
+    "tanh": "tanh", "tanh_": "tanh",
+}  # fmt: skip
+_SAME_VALUES = {
+    "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "requires_grad_",
+    "cpu", "cuda",
+}  # fmt: skip
+# Sharding and hooks copy what a module returns.
+_COPIES = {"detach", "view_as", "alias", "clone"}
+_SHAPES = {"view", "reshape", "flatten"}
+
+
+class LossCarrier(Tensor):
+    """Losses (..., 1) that stand for logits (..., C) until the model computes its cross-entropy.
+
+    A model may scale its logits, cap them, change their shape and drop positions; the carrier notes
+    the arithmetic, follows the shapes, and answers cross_entropy with its losses, provided that the
+    labels are those that the losses were made with. Anything else is an error.
+
+    Attributes:
+        labels: (..., 1) int64, the label of each loss, -100 for none.
+        operations: the arithmetic so far.
+        n_classes: C.
+        model: class of the model, for messages.
+        reached: called with the operations when the model asks for the cross-entropy.
+    """
+
+    labels: Tensor
+    operations: tuple[Operation, ...]
+    n_classes: int
+    model: str
+    reached: Callable[[tuple[Operation, ...]], None]
+
+    @staticmethod
+    def wrap(
+        losses: Tensor,
+        labels: Tensor,
+        n_classes: int,
+        model: str,
+        reached: Callable[[tuple[Operation, ...]], None],
+    ) -> LossCarrier:
+        """Return losses (..., 1) and their labels (..., 1) as a carrier."""
+        with torch._C.DisableTorchFunctionSubclass():
+            carrier = losses.as_subclass(LossCarrier)
+        carrier.labels, carrier.operations = labels, ()
+        carrier.n_classes, carrier.model, carrier.reached = n_classes, model, reached
+        return carrier
+
+    def plain(self) -> Tensor:
+        """Return the losses as an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def _with(self, losses: Tensor, labels: Tensor, *operations: Operation) -> LossCarrier:
+        carrier = LossCarrier.wrap(losses, labels, self.n_classes, self.model, self.reached)
+        carrier.operations = (*self.operations, *operations)
+        return carrier
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Follow one operation of the model."""
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            return _cross_entropy(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        carrier = next((value for value in args if isinstance(value, LossCarrier)), None)
+        if carrier is not None and name in _SCALARS:
+            others = [value for value in args if value is not carrier]
+            return _arithmetic(carrier, _SCALARS[name], others, kwargs)
+        if carrier is not None and name in _SAME_VALUES:
+            return carrier._with(carrier.plain(), carrier.labels)
+        if carrier is not None and name in _SHAPES:
+            return _reshape(carrier, func, args[1:], kwargs)
+        if carrier is not None and name == "__getitem__":
+            return _select(carrier, args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if carrier is not None and isinstance(result, Tensor):
+            if name not in _COPIES:
+                raise not_understood(carrier.model, name)
+            return carrier._with(result, carrier.labels)
+        return result
+
+
+def _arithmetic(
+    carrier: LossCarrier, name: str, others: list[Any], kwargs: dict[str, Any]
+) -> LossCarrier:
+    (number,) = others or (1.0,)
+    learned = isinstance(number, Tensor) and (number.numel() != 1 or number.requires_grad)
+    if learned or kwargs:
+        raise not_understood(carrier.model, f"{name} with a tensor")
+    return carrier._with(carrier.plain(), carrier.labels, Operation(name, float(number)))
+
+
+def _reshape(
+    carrier: LossCarrier, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LossCarrier:
+    shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    if func.__name__ != "flatten":
+        if kwargs or shape[-1] not in (1, carrier.n_classes):
+            raise not_understood(carrier.model, f"{func.__name__}{tuple(shape)}")
+        shape = (*shape[:-1], 1)
+        return carrier._with(carrier.plain().reshape(shape), carrier.labels.reshape(shape))
+    losses = carrier.plain().flatten(*args, **kwargs)
+    if losses.shape[-1] != 1:
+        raise not_understood(carrier.model, "flatten")
+    return carrier._with(losses, carrier.labels.flatten(*args, **kwargs))
+
+
+def _select(carrier: LossCarrier, key: Any) -> LossCarrier:
+    keys = key if isinstance(key, tuple) else (key,)
+    reaches_classes = len(keys) == carrier.dim() or Ellipsis in [
+        part for part in keys if not isinstance(part, Tensor)
+    ]
+    last = keys[-1]
+    if reaches_classes and last is not Ellipsis and not _is_whole(last, carrier.n_classes):
+        raise not_understood(carrier.model, f"[{key}]")
+    return carrier._with(carrier.plain()[key], carrier.labels[key])
+
+
+def _is_whole(key: Any, n_classes: int) -> bool:
+    return isinstance(key, slice) and key.indices(n_classes) == (0, n_classes, 1)
+
+
+def _cross_entropy(
+    input: LossCarrier,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Answer torch.nn.functional.cross_entropy with the losses that are carried."""
+    if weight is not None or label_smoothing or not isinstance(input, LossCarrier):
+        raise not_understood(getattr(input, "model", "?"), "a weighted or smoothed cross_entropy")
+    labels = input.labels.squeeze(-1)
+    used = target.masked_fill(target == ignore_index, -100)
+    if labels.shape != used.shape or not torch.equal(labels, used.to(labels.device)):
+        raise ArgumentError(
+            "model",
+            input.model,
+            "it computes its loss from other labels than it was given",
+            "Train it with its own loss: restore_output_head(model)",
+        )
+    input.reached(input.operations)
+    losses = input.plain().squeeze(-1)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)

@@ -1,0 +1,288 @@
+"""Take the output layer out of any causal or masked LM, in place, and put it back.
+
+While the model's own forward runs, the one call of its output layer returns losses in the place of
+logits (carrier.py). Everything before and after that call stays the model's: labels, scaling,
+auxiliary losses, reduction. The layer's weights are read inside its own call, where sharding,
+offloading and adapters have them ready.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.generic import ModelOutput
+
+from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.errors import ArgumentError
+from hf_rece.head.carrier import LossCarrier
+from hf_rece.head.large_vocab_head import LargeVocabHead, exact_losses
+from hf_rece.head.shaping import Operation, Shaping, shaping_of_config, shaping_of_operations
+from hf_rece.losses import LossConfig
+
+_STATE = "_large_vocab"
+_MASKED = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+
+
+class _State:
+    """What a replaced model remembers.
+
+    Attributes:
+        head: the training loss.
+        shaping: what the model does to its logits, as far as known.
+        checked: whether a forward pass has confirmed the shaping.
+        calls: how often the output layer's losses were computed.
+    """
+
+    def __init__(self, head: LargeVocabHead, shaping: Shaping) -> None:
+        self.head, self.shaping, self.checked, self.calls = head, shaping, False, 0
+
+
+def replace_output_head(
+    model: nn.Module, loss: str | LossConfig = "stratified", **knobs: Any
+) -> nn.Module:
+    """Train `model` by a loss that never builds its logits; works in place.
+
+    In training with labels, forward returns the loss and no logits. Everything else is as before:
+    forward without labels or in evaluation, generate, state_dict, save_pretrained, tied weights.
+    Two more arguments of forward choose otherwise: output_logits=True computes the model's own
+    loss and logits in training too; output_logits=False in evaluation returns the exact
+    cross-entropy, streamed, without logits.
+
+    The loss goes through the model's own reduction, with its labels, scaling, softcap and auxiliary
+    losses. Losses of SCE are averaged over all labelled tokens, and not only over those in buckets.
+
+    Args:
+        model: a causal or masked LM of transformers, or a PEFT model of one; wrap before or after.
+        loss: a name in LOSSES, or a config object such as RECEConfig(n_rounds=4).
+        **knobs: see LargeVocabHead.
+
+    Returns:
+        `model`, for chaining.
+
+    Raises:
+        ArgumentError: for an encoder-decoder, a model without output layer, one that is replaced
+            already, a quantised output layer or an unknown one, unknown knobs. In training: if the
+            model does to its logits what cannot be reproduced; the message names it.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        ... )
+        >>> model = replace_output_head(AutoModelForCausalLM.from_config(config), "stratified")
+        >>> ids = torch.arange(6).view(1, 6)
+        >>> model.train()(input_ids=ids, labels=ids).logits is None
+        True
+    """
+    base = base_model(model)
+    head = LargeVocabHead(loss, **knobs)
+    _check_model(base)
+    vars(base)[_STATE] = _State(head, shaping_of_config(base.config))
+    base.__class__ = _replaced_class(type(base))
+    return model
+
+
+def restore_output_head(model: nn.Module) -> nn.Module:
+    """Undo replace_output_head, in place; return `model`.
+
+    Raises:
+        ArgumentError: if the model's head is not replaced.
+    """
+    base = base_model(model)
+    if find_head(base) is None:
+        raise ArgumentError(
+            "model", type(base).__name__, "its head is not replaced", "Leave it as it is"
+        )
+    base.__class__ = type(base).__mro__[1]
+    del vars(base)[_STATE]
+    return model
+
+
+def find_head(model: nn.Module) -> LargeVocabHead | None:
+    """Return the head that replaces the output layer of `model`, None if there is none."""
+    state = vars(base_model(model)).get(_STATE)
+    return None if state is None else state.head
+
+
+def kernel_calls(model: nn.Module) -> int:
+    """Return how often a replaced model has computed its loss without logits."""
+    return int(vars(base_model(model))[_STATE].calls)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT model, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()  # type: ignore[return-value]
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if find_head(model) is not None:
+        raise ArgumentError(
+            "model", name, "its head is replaced already", "Call restore_output_head(model) first"
+        )
+    if hasattr(model.config, "loss_kwargs"):
+        raise ArgumentError(
+            "model", name, "it trains without logits already", "Set loss_type in its configuration"
+        )
+    if model.config.is_encoder_decoder:
+        raise ArgumentError(
+            "model",
+            name,
+            "an encoder-decoder shifts its labels in its own way",
+            "Pass a causal or masked LM",
+        )
+    layer = model.get_output_embeddings()
+    if layer is None or "labels" not in inspect.signature(type(model).forward).parameters:
+        raise ArgumentError(
+            "model",
+            name,
+            "it has no output layer over its vocabulary that takes labels",
+            "Load it by AutoModelForCausalLM or AutoModelForMaskedLM",
+        )
+    parameter = next((p for p in layer.parameters() if p.dim() == 2), None)
+    as_rows(
+        layer, torch.empty(0) if parameter is None else parameter.new_empty(0, parameter.shape[1])
+    )
+
+
+# -------------------------------------------------------------------------------- the replacement
+
+
+@functools.cache
+def _replaced_class(model_class: type[Any]) -> type[Any]:
+    """Return `model_class` with a forward that trains without logits."""
+
+    class Replaced(model_class):  # type: ignore[misc]
+        @functools.wraps(model_class.forward)  # Trainer and generate read the signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output_logits = kwargs.pop("output_logits", None)
+            labels = _aligned_labels(model_class, args, kwargs)
+            if output_logits is None:
+                output_logits = not self.training
+            if labels is None or output_logits:
+                return model_class.forward(self, *args, **kwargs)
+            return _forward_without_logits(self, model_class, labels, args, kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _new, (model_class,), dict(vars(self))
+
+    # Checkpoints name the class of the model that they hold.
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(Replaced, name, getattr(model_class, name))
+    return Replaced
+
+
+def _new(model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    replaced = _replaced_class(model_class)
+    return replaced.__new__(replaced)
+
+
+def _aligned_labels(
+    model_class: type[PreTrainedModel], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Return the label of each position, as the model will use it; None without labels."""
+    names = list(inspect.signature(model_class.forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if model_class.__name__ in _MASKED or labels is None or shifted is not None:
+        return labels if shifted is None else shifted
+    return F.pad(labels, (0, 1), value=-100)[..., 1:]
+
+
+def _forward_without_logits(
+    model: Any,
+    model_class: type[PreTrainedModel],
+    labels: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    state: _State = vars(model)[_STATE]
+    for _ in range(2):
+        applied: list[tuple[Operation, ...]] = []
+        with _losses_for_logits(model, model_class, labels, applied):
+            output = model_class.forward(model, *args, **kwargs)
+        if not applied:
+            raise ArgumentError(
+                "model",
+                model_class.__name__,
+                "its loss does not come from the logits of its output layer",
+                "Train it with its own loss: restore_output_head(model)",
+            )
+        found = shaping_of_operations(applied[0], model_class.__name__)
+        if found.is_close(state.shaping):
+            state.checked = True
+            return _without_carriers(output)
+        # The configuration did not tell; the forward pass has, so once more with that.
+        state.shaping = found
+    raise ArgumentError(
+        "model",
+        model_class.__name__,
+        "what it does to its logits changes from call to call",
+        "Train it with its own loss: restore_output_head(model)",
+    )
+
+
+@contextmanager
+def _losses_for_logits(
+    model: Any,
+    model_class: type[PreTrainedModel],
+    labels: Tensor,
+    applied: list[tuple[Operation, ...]],
+) -> Iterator[None]:
+    """Let the output layer's call return losses; `applied` receives the model's operations."""
+    state: _State = vars(model)[_STATE]
+    layer = model.get_output_embeddings()
+    # Where Accelerate offloads, its own forward moves the weights and then calls this one.
+    slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
+    own = vars(layer).get(slot)
+
+    def losses_in_place_of_logits(hidden: Tensor) -> LossCarrier:
+        state.calls += 1
+        aligned = labels.to(hidden.device)
+        if hidden.shape[:-1] != aligned.shape:
+            raise ArgumentError(
+                "labels",
+                tuple(labels.shape),
+                f"the output layer scores positions of shape {tuple(hidden.shape[:-1])}",
+                "Pass a label for each of them, -100 for none; with logits_to_keep, for the "
+                "positions that are kept",
+            )
+        compute = state.head.losses if model.training else exact_losses
+        losses = compute(layer, hidden, aligned, state.shaping)
+        n_classes = as_rows(layer, hidden[:0]).rows.n_rows
+        return LossCarrier.wrap(
+            losses.unsqueeze(-1),
+            aligned.unsqueeze(-1),
+            n_classes,
+            model_class.__name__,
+            applied.append,
+        )
+
+    vars(layer)[slot] = losses_in_place_of_logits
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(layer)[slot]
+        else:
+            vars(layer)[slot] = own
+
+
+def _without_carriers(output: Any) -> Any:
+    """Return the model's output with None in the place of logits."""
+    if isinstance(output, ModelOutput):
+        values = {item.name: getattr(output, item.name) for item in fields(output)}
+        kept = {n: None if isinstance(v, LossCarrier) else v for n, v in values.items()}
+        return type(output)(**kept)
+    return tuple(None if isinstance(value, LossCarrier) else value for value in output)
