@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.errors import ArgumentError
-from hf_rece.head.shaping import Shaping
+from hf_rece.head.shaping import UNSHAPED, Shaping
 from hf_rece.losses import Loss, LossConfig, build_loss, cross_entropy_loss
+from hf_rece.ops.stream import TokenStatistics
+from hf_rece.ops.topk import label_rank, streamed_topk
 
 # A model sets these itself, by its labels, its reduction and what it does to its logits.
 _SET_BY_MODEL = (
     "bias", "ignore_index", "reduction", "num_items_in_batch", "logit_scale", "logit_softcap",
+    "statistics",
 )  # fmt: skip
 
 
@@ -51,7 +56,8 @@ class LargeVocabHead:
         layer: nn.Module,
         hidden: Tensor,
         labels: Tensor,
-        shaping: Shaping = Shaping(),  # noqa: B008
+        shaping: Shaping = UNSHAPED,
+        statistics: TokenStatistics | None = None,
     ) -> Tensor:
         """Return the training loss of each token, 0 where there is no label.
 
@@ -60,34 +66,68 @@ class LargeVocabHead:
             hidden: (..., D).
             labels: (...) int64, aligned; -100 for none.
             shaping: what the model does to its logits.
+            statistics: filled on the way, unless None.
 
         Raises:
             ArgumentError: as as_rows and the loss.
         """
-        terms = as_rows(layer, hidden)
-        return self.loss(
-            terms.hidden,
-            terms.rows,
-            labels,
-            bias=terms.bias,
-            reduction="none",
-            logit_scale=shaping.scale,
-            logit_softcap=shaping.softcap,
-        )
+        return _losses(self.loss, layer, hidden, labels, shaping, statistics)
 
 
 def exact_losses(
     layer: nn.Module,
     hidden: Tensor,
     labels: Tensor,
-    shaping: Shaping = Shaping(),  # noqa: B008
+    shaping: Shaping = UNSHAPED,
+    statistics: TokenStatistics | None = None,
 ) -> Tensor:
     """Return the exact cross-entropy of each token, 0 where there is no label.
 
     Arguments and errors are those of LargeVocabHead.losses.
     """
+    return _losses(cross_entropy_loss, layer, hidden, labels, shaping, statistics)
+
+
+@torch.no_grad()
+def predictions(
+    layer: nn.Module, hidden: Tensor, labels: Tensor, shaping: Shaping = UNSHAPED
+) -> tuple[Tensor, Tensor]:
+    """Return the best class of each position, and the rank of each label.
+
+    Args:
+        layer: output layer, plain or wrapped by PEFT.
+        hidden: (..., D).
+        labels: (...) int64, aligned; -100 for none.
+        shaping: what the model does to its logits; a negative scale turns their order around.
+
+    Returns:
+        predicted_ids: (...) int64, -100 where there is no label.
+        label_ranks: (...) int64 from 1, half of the ties counted as above; -100 without a label.
+    """
     terms = as_rows(layer, hidden)
-    return cross_entropy_loss(
+    labelled = labels != -100
+    states, targets = terms.hidden[labelled], labels[labelled]
+    rows, bias = terms.rows, terms.bias
+    if shaping.scale < 0:
+        states, bias = -states, None if bias is None else -bias
+    predicted, ranks = labels.clone(), labels.clone()
+    if len(targets):
+        predicted[labelled] = streamed_topk(states, rows, 1, bias=bias)[1][:, 0]
+        greater, tied = label_rank(states, rows, targets, bias=bias)
+        ranks[labelled] = 1 + greater + tied // 2
+    return predicted, ranks
+
+
+def _losses(
+    loss: Loss | Callable[..., Tensor],
+    layer: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    shaping: Shaping,
+    statistics: TokenStatistics | None,
+) -> Tensor:
+    terms = as_rows(layer, hidden)
+    return loss(
         terms.hidden,
         terms.rows,
         labels,
@@ -95,4 +135,5 @@ def exact_losses(
         reduction="none",
         logit_scale=shaping.scale,
         logit_softcap=shaping.softcap,
+        statistics=statistics,
     )

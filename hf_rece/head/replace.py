@@ -12,22 +12,22 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils.generic import ModelOutput
 
 from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.errors import ArgumentError
 from hf_rece.head.carrier import LossCarrier
-from hf_rece.head.large_vocab_head import LargeVocabHead, exact_losses
+from hf_rece.head.large_vocab_head import LargeVocabHead, exact_losses, predictions
+from hf_rece.head.outputs import without_logits
 from hf_rece.head.shaping import Operation, Shaping, shaping_of_config, shaping_of_operations
 from hf_rece.losses import LossConfig
+from hf_rece.ops.stream import TokenStatistics
 
 _STATE = "_large_vocab"
 _MASKED = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
@@ -47,6 +47,29 @@ class _State:
         self.head, self.shaping, self.checked, self.calls = head, shaping, False, 0
 
 
+class _Wanted(NamedTuple):
+    """What a call of forward asks for beside the loss."""
+
+    statistics: bool
+    predictions: bool
+
+
+class _Call:
+    """What one call of forward carries from the output layer to its end.
+
+    Attributes:
+        labels: of each position, aligned; -100 for none.
+        wanted: beside the loss.
+        applied: what the model did to its logits before it asked for the loss.
+        notes: tensors for its output, by their names in TOKEN_FIELDS.
+    """
+
+    def __init__(self, labels: Tensor, wanted: _Wanted) -> None:
+        self.labels, self.wanted = labels, wanted
+        self.applied: list[tuple[Operation, ...]] = []
+        self.notes: dict[str, Tensor] = {}
+
+
 def replace_output_head(
     model: nn.Module, loss: str | LossConfig = "stratified", **knobs: Any
 ) -> nn.Module:
@@ -54,9 +77,14 @@ def replace_output_head(
 
     In training with labels, forward returns the loss and no logits. Everything else is as before:
     forward without labels or in evaluation, generate, state_dict, save_pretrained, tied weights.
-    Two more arguments of forward choose otherwise: output_logits=True computes the model's own
-    loss and logits in training too; output_logits=False in evaluation returns the exact
-    cross-entropy, streamed, without logits.
+    More arguments of forward choose otherwise:
+
+        output_logits: True computes the model's own loss and logits in training too; False in
+            evaluation returns the exact cross-entropy, streamed, without logits.
+        output_token_statistics: without logits, add to the output token_losses, entropy (nats) and
+            is_top1, each of the labels' shape: at each position, about the label that it predicts.
+        output_predictions: without logits, add predicted_ids and label_ranks (from 1) likewise,
+            -100 where there is no label.
 
     The loss goes through the model's own reduction, with its labels, scaling, softcap and auxiliary
     losses. Losses of SCE are averaged over all labelled tokens, and not only over those in buckets.
@@ -88,7 +116,7 @@ def replace_output_head(
     head = LargeVocabHead(loss, **knobs)
     _check_model(base)
     vars(base)[_STATE] = _State(head, shaping_of_config(base.config))
-    base.__class__ = _replaced_class(type(base))
+    base.__class__ = _replaced_class(cast("Any", type(base)))
     return model
 
 
@@ -160,19 +188,24 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 @functools.cache
-def _replaced_class(model_class: type[Any]) -> type[Any]:
+def _replaced_class(model_class: Any) -> Any:
     """Return `model_class` with a forward that trains without logits."""
 
-    class Replaced(model_class):  # type: ignore[misc]
+    class Replaced(model_class):
         @functools.wraps(model_class.forward)  # Trainer and generate read the signature
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output_logits = kwargs.pop("output_logits", None)
+            wanted = _Wanted(
+                kwargs.pop("output_token_statistics", False),
+                kwargs.pop("output_predictions", False),
+            )
             labels = _aligned_labels(model_class, args, kwargs)
             if output_logits is None:
                 output_logits = not self.training
             if labels is None or output_logits:
                 return model_class.forward(self, *args, **kwargs)
-            return _forward_without_logits(self, model_class, labels, args, kwargs)
+            call = _Call(labels, wanted)
+            return _forward_without_logits(self, model_class, call, args, kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _new, (model_class,), dict(vars(self))
@@ -183,8 +216,8 @@ def _replaced_class(model_class: type[Any]) -> type[Any]:
     return Replaced
 
 
-def _new(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    replaced = _replaced_class(model_class)
+def _new(model_class: type[PreTrainedModel]) -> Any:
+    replaced = _replaced_class(cast("Any", model_class))
     return replaced.__new__(replaced)
 
 
@@ -203,26 +236,26 @@ def _aligned_labels(
 def _forward_without_logits(
     model: Any,
     model_class: type[PreTrainedModel],
-    labels: Tensor,
+    call: _Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     state: _State = vars(model)[_STATE]
     for _ in range(2):
-        applied: list[tuple[Operation, ...]] = []
-        with _losses_for_logits(model, model_class, labels, applied):
+        call.applied.clear()
+        with _losses_for_logits(model, model_class, call):
             output = model_class.forward(model, *args, **kwargs)
-        if not applied:
+        if not call.applied:
             raise ArgumentError(
                 "model",
                 model_class.__name__,
                 "its loss does not come from the logits of its output layer",
                 "Train it with its own loss: restore_output_head(model)",
             )
-        found = shaping_of_operations(applied[0], model_class.__name__)
+        found = shaping_of_operations(call.applied[0], model_class.__name__)
         if found.is_close(state.shaping):
             state.checked = True
-            return _without_carriers(output)
+            return without_logits(output, call.notes)
         # The configuration did not tell; the forward pass has, so once more with that.
         state.shaping = found
     raise ArgumentError(
@@ -235,12 +268,9 @@ def _forward_without_logits(
 
 @contextmanager
 def _losses_for_logits(
-    model: Any,
-    model_class: type[PreTrainedModel],
-    labels: Tensor,
-    applied: list[tuple[Operation, ...]],
+    model: Any, model_class: type[PreTrainedModel], call: _Call
 ) -> Iterator[None]:
-    """Let the output layer's call return losses; `applied` receives the model's operations."""
+    """Let the output layer's call return losses in the place of logits."""
     state: _State = vars(model)[_STATE]
     layer = model.get_output_embeddings()
     # Where Accelerate offloads, its own forward moves the weights and then calls this one.
@@ -249,8 +279,8 @@ def _losses_for_logits(
 
     def losses_in_place_of_logits(hidden: Tensor) -> LossCarrier:
         state.calls += 1
-        aligned = labels.to(hidden.device)
-        if hidden.shape[:-1] != aligned.shape:
+        labels = call.labels.to(hidden.device)
+        if hidden.shape[:-1] != labels.shape:
             raise ArgumentError(
                 "labels",
                 tuple(labels.shape),
@@ -259,14 +289,18 @@ def _losses_for_logits(
                 "positions that are kept",
             )
         compute = state.head.losses if model.training else exact_losses
-        losses = compute(layer, hidden, aligned, state.shaping)
+        statistics = TokenStatistics() if call.wanted.statistics else None
+        losses = compute(layer, hidden, labels, state.shaping, statistics)
+        if statistics is not None:
+            call.notes["token_losses"] = losses
+            call.notes["entropy"], call.notes["is_top1"] = statistics.entropy, statistics.is_top1
+        if call.wanted.predictions:
+            best, ranks = predictions(layer, hidden, labels, state.shaping)
+            call.notes["predicted_ids"], call.notes["label_ranks"] = best, ranks
         n_classes = as_rows(layer, hidden[:0]).rows.n_rows
+        name = model_class.__name__
         return LossCarrier.wrap(
-            losses.unsqueeze(-1),
-            aligned.unsqueeze(-1),
-            n_classes,
-            model_class.__name__,
-            applied.append,
+            losses.unsqueeze(-1), labels.unsqueeze(-1), n_classes, name, call.applied.append
         )
 
     vars(layer)[slot] = losses_in_place_of_logits
@@ -277,12 +311,3 @@ def _losses_for_logits(
             del vars(layer)[slot]
         else:
             vars(layer)[slot] = own
-
-
-def _without_carriers(output: Any) -> Any:
-    """Return the model's output with None in the place of logits."""
-    if isinstance(output, ModelOutput):
-        values = {item.name: getattr(output, item.name) for item in fields(output)}
-        kept = {n: None if isinstance(v, LossCarrier) else v for n, v in values.items()}
-        return type(output)(**kept)
-    return tuple(None if isinstance(value, LossCarrier) else value for value in output)

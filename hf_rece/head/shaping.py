@@ -42,6 +42,9 @@ class Shaping(NamedTuple):
         )
 
 
+UNSHAPED = Shaping()
+
+
 def shaping_of_config(config: PreTrainedConfig) -> Shaping:
     """Return what the configuration's known names say; the first training step checks it."""
     text = config.get_text_config()

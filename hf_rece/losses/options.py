@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import OutputRows, as_output_rows
-from hf_rece.ops.stream import BACKENDS, Backend, stream
+from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -34,6 +34,7 @@ class CommonOptions(TypedDict, total=False):
     tile_bytes: bytes of one tile of logits; None for the device's default. Larger tiles are fewer.
     backend: "auto" or "torch".
     generator: torch.Generator of the random draws, on the device of the hidden states.
+    statistics: TokenStatistics to fill with the entropy and correctness of each token, or None.
     """
 
     bias: Tensor | None
@@ -46,6 +47,7 @@ class CommonOptions(TypedDict, total=False):
     tile_bytes: int | None
     backend: Backend
     generator: torch.Generator | None
+    statistics: TokenStatistics | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Options:
     tile_bytes: int | None = None
     backend: Backend = "auto"
     generator: torch.Generator | None = None
+    statistics: TokenStatistics | None = None
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none"):
@@ -107,7 +110,7 @@ class Problem:
 
     def stream(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return label logits (N,) and merged scores (N,) over the plan's pairs."""
-        return stream(
+        label_logits, merged = stream(
             self.hidden,
             self.rows,
             self.labels,
@@ -116,7 +119,13 @@ class Problem:
             logit_scale=self.options.logit_scale,
             logit_softcap=self.options.logit_softcap,
             backend=self.options.backend,
+            statistics=self.options.statistics,
         )
+        if self.options.statistics is not None:
+            seen = self.options.statistics
+            seen.entropy = self._spread(seen.entropy.float())
+            seen.is_top1 = self._spread(seen.is_top1)
+        return label_logits, merged
 
     def sequence_ids(self) -> tuple[Tensor, int]:
         """Return the sequence (N,) of each token, and how many sequences the labels' shape has.
@@ -137,6 +146,13 @@ class Problem:
             kept = torch.arange(len(self.labels), device=self.labels.device)
         return kept // length, math.prod(self.shape[:-1])
 
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return values (N,) of the labelled tokens in the labels' shape, 0 elsewhere."""
+        if self.kept is None:
+            return values.view(self.shape)
+        flat = values.new_zeros(math.prod(self.shape))
+        return flat.index_put((self.kept,), values).view(self.shape)
+
     def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
         """Reduce the losses (N,) of the labelled tokens as the caller asked.
 
@@ -145,10 +161,7 @@ class Problem:
             counted: number of tokens that a mean divides by, if not all of them.
         """
         if self.options.reduction == "none":
-            if self.kept is None:
-                return losses.view(self.shape)
-            flat = losses.new_zeros(math.prod(self.shape))
-            return flat.index_put((self.kept,), losses).view(self.shape)
+            return self._spread(losses)
         total = losses.sum()
         if self.options.reduction == "sum":
             return total

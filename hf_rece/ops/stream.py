@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ Backend = Literal["auto", "torch"]
 BACKENDS = ("auto", "torch")
 
 
+@dataclass
+class TokenStatistics:
+    """Filled by the loss that it is passed to: how sure the model is of each token.
+
+    Exact with cross_entropy; with stratified an estimate of that; with other losses about the
+    classes that they score.
+
+    Args:
+        entropy: float32 of the labels' shape, in nats, of the softmax over the label and the
+            classes scored, in proportion to their log-weights; NaN with bce and gbce.
+        is_top1: bool of the labels' shape: no class scored is above the label.
+    """
+
+    entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    is_top1: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+
 def stream(
     hidden: Tensor,
     rows: OutputRows,
@@ -27,6 +45,7 @@ def stream(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     backend: Backend = "auto",
+    statistics: TokenStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score each token's label, and merge its scores over the plan's pairs.
 
@@ -42,6 +61,7 @@ def stream(
         logit_scale: multiplies every logit.
         logit_softcap: caps a logit at c tanh(logit / c), after the scale.
         backend: "auto" chooses the fastest backend here, "torch" is the plain one.
+        statistics: filled with (N,) tensors on the way, unless None.
 
     Returns:
         label_logits: (N,) in the accumulation dtype (float32; float64 for float64 inputs).
@@ -57,10 +77,17 @@ def stream(
         raise ArgumentError(
             "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
         )
-    outputs = _Stream.apply(
-        plan, rows, logit_scale, logit_softcap, labels, hidden, bias, *rows.tensors()
+    observe = statistics is not None
+    label_logits, merged, largest, mean = _Stream.apply(
+        plan, rows, logit_scale, logit_softcap, observe, labels, hidden, bias, *rows.tensors()
     )
-    return cast("tuple[Tensor, Tensor]", outputs)
+    if statistics is not None:
+        own, others = label_logits.detach(), merged.detach()
+        share = (own - others).sigmoid()  # of the label, in the softmax over all that is scored
+        total = torch.logaddexp(own, others)
+        expected = share * own + (1 - share) * mean.masked_fill(share == 1, 0)
+        statistics.entropy, statistics.is_top1 = total - expected, own >= largest
+    return label_logits, merged
 
 
 class _Stream(torch.autograd.Function):
@@ -73,26 +100,34 @@ class _Stream(torch.autograd.Function):
         rows: OutputRows,
         scale: float,
         softcap: float | None,
+        observe: bool,
         labels: Tensor,
         hidden: Tensor,
         bias: Tensor | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         scores = Scores(hidden, rows, bias, scale, softcap)
         # Autocast would run the tile's products in low precision.
         with torch.autocast(hidden.device.type, enabled=False):
             own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
-            merged, winner = stream_torch.forward(scores, plan)
+            merged, winner, seen = stream_torch.forward(scores, plan, observe=observe)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.plan, ctx.rows, ctx.scale, ctx.softcap = plan, rows, scale, softcap
-        return own, merged[: plan.n_tokens].clone()
+        merged = merged[: plan.n_tokens].clone()
+        if seen is None:
+            return own, merged, None, None
+        largest, mean = seen.largest[: plan.n_tokens], seen.mean[: plan.n_tokens]
+        ctx.mark_non_differentiable(largest, mean)
+        return own, merged, largest, mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_own: Tensor, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_own: Tensor, grad_merged: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
         scores = Scores(hidden, ctx.rows, bias, ctx.scale, ctx.softcap)
-        wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[5:]
+        wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[6:]
         into = Gradients(
             hidden=_buffer(hidden) if wants_hidden else None,
             rows=_row_buffers(tensors, wants_rows),
@@ -107,11 +142,7 @@ class _Stream(torch.autograd.Function):
             for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)
         ]
         return (
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
             None if into.hidden is None else into.hidden.to(hidden.dtype),
             None if into.bias is None else into.bias.to(bias.dtype),
             *rows_grads,

@@ -105,18 +105,41 @@ def _drop(logits: Tensor, tile: Tile) -> Tensor:
 # --------------------------------------------------------------------------------------- forward
 
 
-def forward(scores: Scores, plan: Plan) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class Observations:
+    """What a forward walk notes of the classes that each token meets, beside their merge.
+
+    Args:
+        largest: (N + 1,) the largest logit, without log-weights; -inf for a token without classes.
+        mean: (N + 1,) the mean logit, without log-weights, each class in proportion to its share of
+            the merge; NaN with merge="sum", whose classes share nothing.
+    """
+
+    largest: Tensor
+    mean: Tensor
+
+
+def forward(
+    scores: Scores, plan: Plan, *, observe: bool = False
+) -> tuple[Tensor, Tensor | None, Observations | None]:
     """Return each token's merged scores, -inf (or 0 for "sum") for a token that meets no class.
 
     Returns:
         (N + 1,) values in the accumulation dtype; the last belongs to the padding token.
         (N + 1,) int64 number of the group that won, for merge="maximum"; else None.
+        What was observed on the way, if asked for.
     """
-    if plan.merge == "logaddexp":
-        return _merge_logaddexp(scores, plan), None
-    if plan.merge == "maximum":
-        return _merge_maximum(scores, plan)
-    return _merge_sum(scores, plan), None
+    merge = {
+        "logaddexp": _merge_logaddexp,
+        "maximum": _merge_maximum,
+        "sum": _merge_sum,
+    }[plan.merge]
+    seen = None
+    if observe:
+        empty = scores.hidden.new_full((plan.n_tokens + 1,), -torch.inf, dtype=scores.dtype)
+        seen = Observations(empty, torch.full_like(empty, torch.nan))
+    merged, winner = merge(scores, plan, seen)
+    return merged, winner, seen
 
 
 def _scored_tiles(scores: Scores, plan: Plan) -> Iterator[tuple[Tile, Tensor]]:
@@ -125,8 +148,14 @@ def _scored_tiles(scores: Scores, plan: Plan) -> Iterator[tuple[Tile, Tensor]]:
         yield tile, _drop(_capped_logits(scores, tile, hidden, rows), tile)
 
 
+def _note_largest(logits: Tensor, tile: Tile, seen: Observations) -> None:
+    if tile.class_log_weight is not None:
+        logits = logits - tile.class_log_weight.unsqueeze(1)
+    seen.largest.scatter_reduce_(0, tile.tokens.reshape(-1), logits.amax(2).reshape(-1), "amax")
+
+
 def _max_and_sum(logits: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Return (G, n) maxima and sums of exp(logit - maximum), overwriting the logits."""
+    """Return (G, n) maxima and sums of exp(logit - maximum), overwriting the logits by exp."""
     # A finite floor in place of -inf keeps -inf minus the maximum from being NaN.
     top = logits.amax(2).clamp_(min=torch.finfo(logits.dtype).min)
     total = logits.sub_(top.unsqueeze(2)).exp_().sum(2)
@@ -135,29 +164,58 @@ def _max_and_sum(logits: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     return top, total
 
 
-def _merge_logaddexp(scores: Scores, plan: Plan) -> Tensor:
+def _mean_logit(exponentials: Tensor, top: Tensor, total: Tensor, tile: Tile) -> Tensor:
+    """Return (G, n) mean logits without log-weights, from what _max_and_sum left and returned."""
+    # entr(e) = -e log(e), and log(e) is the logit less its maximum.
+    mean: Tensor = top - torch.special.entr(exponentials).sum(2) / total
+    if tile.token_log_weight is not None:
+        mean -= tile.token_log_weight
+    if tile.class_log_weight is not None:
+        mean -= torch.linalg.vecdot(exponentials, tile.class_log_weight.unsqueeze(1)) / total
+    return mean.masked_fill_(total == 0, 0)
+
+
+def _merge_logaddexp(
+    scores: Scores, plan: Plan, seen: Observations | None
+) -> tuple[Tensor, Tensor | None]:
     size = (plan.n_tokens + 1,)
     floor = torch.finfo(scores.dtype).min
     running_max = scores.hidden.new_full(size, floor, dtype=scores.dtype)
     running_sum = torch.zeros_like(running_max)
+    running_mean = torch.zeros_like(running_max)  # times running_sum
     for tile, logits in _scored_tiles(scores, plan):
+        if seen is not None:
+            _note_largest(logits, tile, seen)
         top, total = _max_and_sum(logits, tile)
         tokens = tile.tokens.reshape(-1)
         old = running_max[tokens]
         running_max.scatter_reduce_(0, tokens, top.reshape(-1), "amax")
         new = running_max[tokens]
         # A token that occurs in several groups of the tile is written the same value each time.
-        running_sum[tokens] = running_sum[tokens] * (old - new).exp_()
-        running_sum.index_add_(0, tokens, total.reshape(-1) * (top.reshape(-1) - new).exp_())
-    return running_sum.log_().add_(running_max)
+        shrink = (old - new).exp_()
+        mass = total.reshape(-1) * (top.reshape(-1) - new).exp_()
+        running_sum[tokens] = running_sum[tokens] * shrink
+        running_sum.index_add_(0, tokens, mass)
+        if seen is not None:
+            mean = _mean_logit(logits, top, total, tile).reshape(-1)
+            running_mean[tokens] = running_mean[tokens] * shrink
+            running_mean.index_add_(0, tokens, mass * mean)
+    if seen is not None:
+        seen.mean.copy_(running_mean / running_sum)
+    return running_sum.log_().add_(running_max), None
 
 
-def _merge_maximum(scores: Scores, plan: Plan) -> tuple[Tensor, Tensor]:
+def _merge_maximum(
+    scores: Scores, plan: Plan, seen: Observations | None
+) -> tuple[Tensor, Tensor | None]:
     size = (plan.n_tokens + 1,)
     best = scores.hidden.new_full(size, -torch.inf, dtype=scores.dtype)
     winner = torch.full(size, -1, dtype=torch.long, device=best.device)
     for tile, logits in _scored_tiles(scores, plan):
+        if seen is not None:
+            _note_largest(logits, tile, seen)
         top, total = _max_and_sum(logits, tile)
+        mean = None if seen is None else _mean_logit(logits, top, total, tile)
         value = total.log_().add_(top)  # (G, n)
         tokens = tile.tokens.reshape(-1)
         best.scatter_reduce_(0, tokens, value.reshape(-1), "amax")
@@ -165,14 +223,20 @@ def _merge_maximum(scores: Scores, plan: Plan) -> tuple[Tensor, Tensor]:
         won = (value == best[tile.tokens]) & (value > -torch.inf)
         # Of groups with equal values, the last one written wins: one group alone, as published.
         winner[tile.tokens[won]] = groups.unsqueeze(1).expand_as(won)[won]
+        if seen is not None and mean is not None:
+            seen.mean[tile.tokens[won]] = mean[won]
     return best, winner
 
 
-def _merge_sum(scores: Scores, plan: Plan) -> Tensor:
+def _merge_sum(
+    scores: Scores, plan: Plan, seen: Observations | None
+) -> tuple[Tensor, Tensor | None]:
     total = scores.hidden.new_zeros((plan.n_tokens + 1,), dtype=scores.dtype)
     for tile, logits in _scored_tiles(scores, plan):
+        if seen is not None:
+            _note_largest(logits, tile, seen)
         total.index_add_(0, tile.tokens.reshape(-1), F.softplus(logits).sum(2).reshape(-1))
-    return total
+    return total, None
 
 
 # -------------------------------------------------------------------------------------- backward
