@@ -11,7 +11,9 @@ from transformers.utils.generic import ModelOutput
 
 from hf_rece.head.carrier import LossCarrier
 
-TOKEN_FIELDS = ("token_losses", "entropy", "is_top1", "predicted_ids", "label_ranks")
+TOKEN_FIELDS = (
+    "aligned_labels", "token_losses", "entropy", "is_top1", "predicted_ids", "label_ranks",
+)  # fmt: skip
 
 
 def without_logits(output: Any, notes: dict[str, Tensor]) -> Any:

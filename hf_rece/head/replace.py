@@ -81,8 +81,9 @@ def replace_output_head(
 
         output_logits: True computes the model's own loss and logits in training too; False in
             evaluation returns the exact cross-entropy, streamed, without logits.
-        output_token_statistics: without logits, add to the output token_losses, entropy (nats) and
-            is_top1, each of the labels' shape: at each position, about the label that it predicts.
+        output_token_statistics: without logits, add to the output aligned_labels, and token_losses,
+            entropy (nats) and is_top1 of the same shape: at each position, about the label that it
+            predicts.
         output_predictions: without logits, add predicted_ids and label_ranks (from 1) likewise,
             -100 where there is no label.
 
@@ -292,7 +293,7 @@ def _losses_for_logits(
         statistics = TokenStatistics() if call.wanted.statistics else None
         losses = compute(layer, hidden, labels, state.shaping, statistics)
         if statistics is not None:
-            call.notes["token_losses"] = losses
+            call.notes["aligned_labels"], call.notes["token_losses"] = labels, losses
             call.notes["entropy"], call.notes["is_top1"] = statistics.entropy, statistics.is_top1
         if call.wanted.predictions:
             best, ranks = predictions(layer, hidden, labels, state.shaping)

@@ -9,30 +9,35 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 
 from hf_rece.data.collator import SequenceCollator
 from hf_rece.data.splits import HISTORY, TARGET
 from hf_rece.errors import ArgumentError
+from hf_rece.head import find_head, replace_output_head, restore_output_head
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.exact_evaluation import ExactEvaluation
 
 
-class LargeVocabTrainer(Trainer):
-    """Trainer that sets the training loss by name.
+class LargeVocabTrainer(ExactEvaluation):
+    """Trainer that sets the training loss by name, for recommenders and language models.
 
-    The loss goes into the model's configuration, so that it is saved with the model. Evaluation is
-    always by exact cross-entropy, whatever the training loss: values compare across losses and
-    their knobs.
+    A RecommenderModel keeps the loss in its configuration. Of any other model the output layer is
+    replaced in place (replace_output_head), adapters and PEFT models included; it stays replaced
+    after training, which changes neither generate nor what is saved. Without args.loss_type, a
+    model keeps the head that it has.
+
+    Evaluation is always by exact cross-entropy, whatever the training loss: values compare across
+    losses and their knobs. See ExactEvaluation for what it reports of language models.
 
     Args:
-        model: a model whose configuration holds loss_type and loss_kwargs, such as
-            RecommenderModel.
+        model: RecommenderModel, or a causal or masked LM of transformers or PEFT.
         args: LargeVocabTrainingArguments.
         **kwargs: passed to transformers.Trainer.
 
     Raises:
-        ArgumentError: if args name a loss and the model's configuration has no place for it.
+        ArgumentError: as replace_output_head and ExactEvaluation.
     """
 
     args: LargeVocabTrainingArguments
@@ -43,17 +48,18 @@ class LargeVocabTrainer(Trainer):
         args: LargeVocabTrainingArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is not None and args is not None and args.loss_type is not None:
-            config: Any = getattr(model, "config", None)
-            if not hasattr(config, "loss_kwargs"):
-                raise ArgumentError(
-                    "model",
-                    type(model).__name__,
-                    f"its configuration has no place for loss_type={args.loss_type!r}",
-                    "Pass a RecommenderModel",
-                )
-            config.loss_type, config.loss_kwargs = args.loss_type, args.loss_kwargs
+        if model is not None and args is not None:
+            set_loss(model, args)
         super().__init__(model=model, args=args, **kwargs)
+        if find_head(cast("nn.Module", self.model)) is not None:
+            self.refuse_logits()
+            self.take_over_metrics()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Return a fresh model from model_init, with the loss of the arguments."""
+        model = super().call_model_init(trial)
+        set_loss(model, self.args)
+        return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers.Trainer does, after an evaluation too."""
@@ -63,6 +69,24 @@ class LargeVocabTrainer(Trainer):
             # and each process would go on alone, without an error.
             vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
+
+
+def set_loss(model: nn.Module, args: LargeVocabTrainingArguments) -> None:
+    """Make `model` train by the loss that `args` name, if they name one; works in place.
+
+    Raises:
+        ArgumentError: as replace_output_head.
+    """
+    if args.loss_type is None:
+        return
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "loss_kwargs"):
+        config.loss_type, config.loss_kwargs = args.loss_type, args.loss_kwargs
+        return
+    if find_head(model) is not None:
+        restore_output_head(model)
+    knobs = cast("dict[str, Any]", args.loss_kwargs or {})
+    replace_output_head(model, args.loss_type, **knobs)
 
 
 class RecommenderTrainer(LargeVocabTrainer):
