@@ -17,7 +17,9 @@ from transformers import HfArgumentParser
 
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.models.recommender import RecommenderModel
-from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
+from hf_rece.training.pretrain import pretrain as pretrain_model
 from hf_rece.training.run import (
     DataArguments,
     ModelArguments,
@@ -34,6 +36,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   train      train a recommender on a log, or on an embedded synthetic one
   evaluate   rank the full catalogue for the test users of a log
   recommend  recommend next items for histories
+  pretrain   train a language model from scratch
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -60,6 +63,19 @@ class TrainDefaults(RecommenderTrainingArguments):
         default="eval_ndcg@10", metadata={"help": "What makes a checkpoint the best."}
     )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the loss."})
+
+
+@dataclass
+class PretrainDefaults(LargeVocabTrainingArguments):
+    """Training arguments with defaults that suit a first language model."""
+
+    output_dir: str | None = field(
+        default="language_model", metadata={"help": "Folder of the checkpoints and the model."}
+    )
+    loss_type: str | None = field(default="stratified", metadata={"help": "Training loss."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the text."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share below 1."})
 
 
 @dataclass
@@ -137,6 +153,15 @@ def recommend(words: Sequence[str] | None = None) -> None:
             shown = " ".join(map(str, history[-4:])) if rank == 1 else ""
             table.add_row(shown, str(rank), str(found.item), f"{found.score:.3f}")
     Console().print(table)
+
+
+def pretrain(words: Sequence[str] | None = None) -> None:
+    """Train a language model from scratch; print its exact perplexity before and after."""
+    text, model, training = parse(
+        (TextArguments, NewModelArguments, PretrainDefaults), words, "pretrain"
+    )
+    show_run(pretrain_model(text, model, training))
+    Console().print(f"Model saved in {training.output_dir}")
 
 
 def read_histories(path: str) -> list[list[Any]]:
@@ -218,7 +243,7 @@ def _as_integer(word: str) -> int | str:
         return word
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "recommend": recommend}
+COMMANDS = {"train": train, "evaluate": evaluate, "recommend": recommend, "pretrain": pretrain}
 
 
 def main() -> None:

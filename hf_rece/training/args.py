@@ -34,7 +34,7 @@ class LargeVocabTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_kwargs, str):  # from the command line
-            self.loss_kwargs = _json_object("loss_kwargs", self.loss_kwargs)
+            self.loss_kwargs = json_object("loss_kwargs", self.loss_kwargs)
         super().__post_init__()
         # Pinned memory without an accelerator only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -46,7 +46,12 @@ class LargeVocabTrainingArguments(TrainingArguments):
             build_loss(self.loss_type, **(self.loss_kwargs or {}))
 
 
-def _json_object(argument: str, text: str) -> dict[str, Any]:
+def json_object(argument: str, text: str) -> dict[str, Any]:
+    """Return the object that `text` writes as JSON.
+
+    Raises:
+        ArgumentError: naming `argument`, if it is no JSON object.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

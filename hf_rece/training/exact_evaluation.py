@@ -94,7 +94,7 @@ class ExactEvaluation(Trainer):
         given = dict(zip(names, args, strict=False)) | kwargs
         output = super().evaluation_loop(**{**given, "prediction_loss_only": False})
         found: Any = output.predictions
-        return output._replace(predictions=found[1:] if found and len(found) > 1 else None)
+        return output._replace(predictions=cast("Any", found[1:] or None if found else None))
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Return predictions (predicted_ids, label_ranks), aligned label_ids and metrics."""
