@@ -10,6 +10,12 @@ from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece.head import (
+    LargeVocabHead,
+    find_head,
+    replace_output_head,
+    restore_output_head,
+)
 from hf_rece.losses import (
     BCEConfig,
     CrossEntropyConfig,
@@ -52,6 +58,7 @@ __all__ = [
     "GBCEConfig",
     "HfReceError",
     "ItemTokenizer",
+    "LargeVocabHead",
     "LargeVocabTrainer",
     "LargeVocabTrainingArguments",
     "RECEConfig",
@@ -68,12 +75,15 @@ __all__ = [
     "bce_loss",
     "build_loss",
     "cross_entropy_loss",
+    "find_head",
     "gbce_loss",
     "generate_interactions",
     "k_core_filter",
     "leave_one_out_split",
     "load_interactions",
     "rece_loss",
+    "replace_output_head",
+    "restore_output_head",
     "sampled_softmax_loss",
     "sce_loss",
     "stratified_loss",

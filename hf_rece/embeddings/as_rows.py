@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
+from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError
-from hf_rece.ops.rows import DenseRows, OutputRows
-
-
-class OutputTerms(NamedTuple):
-    """What an output layer computes of hidden states: logits = <hidden, rows> + bias.
-
-    Args:
-        hidden: (..., D'), the states that the rows are multiplied with; D' exceeds D where an
-            adapter adds terms of its own.
-        rows: C rows of width D'.
-        bias: (C,) or None.
-    """
-
-    hidden: Tensor
-    rows: OutputRows
-    bias: Tensor | None
+from hf_rece.ops.rows import DenseRows
 
 
 def as_rows(layer: nn.Module, hidden: Tensor) -> OutputTerms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -18,13 +18,11 @@ from hf_rece.embeddings.adapted_rows import (
     SideBySideRows,
     low_rank_row_norms,
 )
+from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import DenseRows
 
-if TYPE_CHECKING:
-    from hf_rece.embeddings.as_rows import OutputTerms
-
-Reader = Callable[[nn.Module, Tensor], "OutputTerms"]
+Reader = Callable[[nn.Module, Tensor], OutputTerms]
 
 
 def peft_rows(layer: nn.Module, hidden: Tensor, read: Reader) -> OutputTerms:

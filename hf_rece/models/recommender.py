@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
+from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
 from hf_rece.models.backbone import as_backbone
@@ -211,13 +212,13 @@ class RecommenderModel(PreTrainedModel):
         if self.training:
             loss = self._training_loss(hidden, labels, states, targets, num_items_in_batch)
             return RecommenderOutput(loss=loss, logits=logits)
-        weight, bias, excluded = self.item_head.weight, self.item_head.bias, self._excluded()
+        terms, excluded = as_rows(self.item_head, states), self._excluded()
         shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
         losses = cross_entropy_loss(
-            states,
-            weight,
+            terms.hidden,
+            terms.rows,
             targets,
-            bias=bias,
+            bias=terms.bias,
             excluded_ids=excluded,
             reduction="none",
             **shaping,
@@ -226,9 +227,9 @@ class RecommenderModel(PreTrainedModel):
         output = RecommenderOutput(loss=losses.sum() / count, logits=logits, losses=losses)
         if rank_k is not None:
             seen = None if seen_ids is None else seen_ids[row]
-            search: Any = {"bias": bias, "excluded_ids": excluded, "seen_ids": seen}
-            output.greater, output.tied = label_rank(states, weight, targets, **search)
-            output.topk_ids = streamed_topk(states, weight, rank_k, **search)[1]
+            search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
+            output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
+            output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
         return output
 
     def _counts_padding(self, attention_mask: Tensor) -> bool:
@@ -248,11 +249,12 @@ class RecommenderModel(PreTrainedModel):
         loss = build_loss(self.config.loss_type, **knobs)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
+        terms = as_rows(self.item_head, states)
         return loss(
-            states,
-            self.item_head.weight,
+            terms.hidden,
+            terms.rows,
             targets,
-            bias=self.item_head.bias,
+            bias=terms.bias,
             num_items_in_batch=num_items_in_batch,
         )
 
@@ -341,11 +343,12 @@ class RecommenderModel(PreTrainedModel):
             rows = [torch.tensor(tokenizer.convert_items_to_ids(history)) for history in histories]
             seen = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
             seen = seen.to(self.device)
+        terms = as_rows(self.item_head, states)
         return streamed_topk(
-            states,
-            self.item_head.weight,
+            terms.hidden,
+            terms.rows,
             k,
-            bias=self.item_head.bias,
+            bias=terms.bias,
             excluded_ids=self._excluded(),
             seen_ids=seen,
             allowed_ids=allowed,
