@@ -2,11 +2,13 @@
 
     python recipes/benchmarks/losses.py                                    # N=4096, C=100,000, D=64
     python recipes/benchmarks/losses.py --tokens 25600 --classes 1000000 --skip dense --repeats 1
+    python recipes/benchmarks/losses.py --tokens 2048 --classes 151936 --width 896 --repeats 1
 
 Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the
 peak resident size during loss + backward is read, less the resident size before; a run on 64 tokens
 has loaded the code. Time: the least of the repeats after the first, all losses in one run.
-Writes results/losses_N_C_D.json.
+`--frozen`: the output rows want no gradient, as under an adapter on other layers.
+Writes results/losses_N_C_D.json, or losses_N_C_D_frozen.json.
 """
 
 import argparse
@@ -37,11 +39,11 @@ def dense(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
     return F.cross_entropy(hidden @ weight.T, labels)
 
 
-def inputs(n_tokens: int, n_classes: int, width: int) -> tuple[torch.Tensor, ...]:
+def inputs(n_tokens: int, n_classes: int, width: int, frozen: bool) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n_tokens, width, generator=generator)
     weight = torch.randn(n_classes, width, generator=generator).mul_(0.1)
-    for tensor in (hidden, weight):
+    for tensor in (hidden,) if frozen else (hidden, weight):
         tensor.requires_grad_()
         tensor.grad = torch.ones_like(tensor).zero_()  # ones first: zeros alone are not touched
     return hidden, weight, torch.randint(n_classes, (n_tokens,), generator=generator)
@@ -54,9 +56,10 @@ def timed(loss_type: str, tensors: tuple[torch.Tensor, ...]) -> float:
     return time.perf_counter() - start
 
 
-def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, float]:
-    timed(loss_type, inputs(64, 512, shape["width"]))  # loads the code: no part of a loss's memory
-    tensors = inputs(shape["tokens"], shape["classes"], shape["width"])
+def measure(loss_type: str, shape: dict[str, int], repeats: int, frozen: bool) -> dict[str, float]:
+    # The first call loads the code: no part of a loss's memory.
+    timed(loss_type, inputs(64, 512, shape["width"], frozen))
+    tensors = inputs(shape["tokens"], shape["classes"], shape["width"], frozen)
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     first = timed(loss_type, tensors)
@@ -65,10 +68,13 @@ def measure(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, fl
     return {"extra_peak_mib": round(peak, 1), "seconds": min(times)}
 
 
-def in_fresh_process(loss_type: str, shape: dict[str, int], repeats: int) -> dict[str, float]:
+def in_fresh_process(
+    loss_type: str, shape: dict[str, int], repeats: int, frozen: bool
+) -> dict[str, float]:
     command = [sys.executable, __file__, "--only", loss_type, "--repeats", str(repeats)]
     for name, value in shape.items():
         command += [f"--{name}", str(value)]
+    command += ["--frozen"] * frozen
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{loss_type} failed:\n{done.stderr}")
@@ -95,18 +101,25 @@ def main() -> None:
     for name, value in (("tokens", 4096), ("classes", 100_000), ("width", 64), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--only", help="measure this loss in this process and print JSON")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("tokens", "classes", "width")}
     if args.only:
-        print(json.dumps(measure(args.only, shape, args.repeats)))
+        print(json.dumps(measure(args.only, shape, args.repeats, args.frozen)))
         return
     names = [name for name in (DENSE, *LOSSES) if name not in args.skip]
-    rows = {name: in_fresh_process(name, shape, args.repeats) for name in names}
-    floor = 4 * args.width * (args.tokens + args.classes) / 2**20
+    rows = {name: in_fresh_process(name, shape, args.repeats, args.frozen) for name in names}
+    floor = 4 * args.width * (args.tokens + args.classes * (not args.frozen)) / 2**20
     show(rows, shape, floor)
-    record = {"shape": shape, "gradients_mib": round(floor, 1), "losses": rows}
-    path = RESULTS / f"losses_{args.tokens}_{args.classes}_{args.width}.json"
+    record = {
+        "shape": shape,
+        "frozen": args.frozen,
+        "gradients_mib": round(floor, 1),
+        "losses": rows,
+    }
+    suffix = "_frozen" * args.frozen
+    path = RESULTS / f"losses_{args.tokens}_{args.classes}_{args.width}{suffix}.json"
     path.write_text(json.dumps({**environment(), **record}, indent=1) + "\n")
 
 
