@@ -40,10 +40,13 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.trainer import LargeVocabTrainer, RecommenderTrainer
 
 # Training loads accelerate and much else: only those who train pay for it.
 _LAZY = {
+    "LargeVocabSFTConfig": "hf_rece.training.sft",
+    "LargeVocabSFTTrainer": "hf_rece.training.sft",
     "LargeVocabTrainer": "hf_rece.training.trainer",
     "LargeVocabTrainingArguments": "hf_rece.training.args",
     "RecommenderTrainer": "hf_rece.training.trainer",
@@ -59,6 +62,8 @@ __all__ = [
     "HfReceError",
     "ItemTokenizer",
     "LargeVocabHead",
+    "LargeVocabSFTConfig",
+    "LargeVocabSFTTrainer",
     "LargeVocabTrainer",
     "LargeVocabTrainingArguments",
     "RECEConfig",
@@ -95,5 +100,10 @@ register_auto_classes()
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "trl":
+                raise
+            raise ImportError(f'{name} needs TRL: pip install "hf_rece[trl]"') from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -117,7 +118,7 @@ def replace_output_head(
     head = LargeVocabHead(loss, **knobs)
     _check_model(base)
     vars(base)[_STATE] = _State(head, shaping_of_config(base.config))
-    base.__class__ = _replaced_class(cast("Any", type(base)))
+    _set_class(base, _replaced_class(cast("Any", type(base))))
     return model
 
 
@@ -132,7 +133,7 @@ def restore_output_head(model: nn.Module) -> nn.Module:
         raise ArgumentError(
             "model", type(base).__name__, "its head is not replaced", "Leave it as it is"
         )
-    base.__class__ = type(base).__mro__[1]
+    _set_class(base, type(base).__mro__[1])
     del vars(base)[_STATE]
     return model
 
@@ -154,8 +155,22 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model if unwrap is None else unwrap()  # type: ignore[return-value]
 
 
+def _set_class(model: PreTrainedModel, model_class: type[Any]) -> None:
+    # Accelerate, where it places a model on devices, keeps the forward that it found.
+    if "_old_forward" in vars(model):
+        vars(model)["_old_forward"] = types.MethodType(model_class.forward, model)
+    model.__class__ = model_class
+
+
 def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
+    if "forward" in vars(model) and "_old_forward" not in vars(model):
+        raise ArgumentError(
+            "model",
+            name,
+            "its forward was replaced on the instance, around which no head can be put",
+            "Call replace_output_head first, and whatever patches or prepares the model after it",
+        )
     if find_head(model) is not None:
         raise ArgumentError(
             "model", name, "its head is replaced already", "Call restore_output_head(model) first"

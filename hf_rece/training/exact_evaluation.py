@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from hf_rece.errors import ArgumentError
@@ -17,6 +17,32 @@ from hf_rece.head import find_head
 
 # What is summed over the tokens of a row of the batch.
 _SUMMED = ("loss", "entropy", "mean_token_accuracy")
+
+
+def refuse_logits(args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Refuse what would call a model for its logits, around its head.
+
+    Args:
+        args: training arguments.
+        given: what else a Trainer is made with, by name.
+
+    Raises:
+        ArgumentError: for label smoothing, Liger's own head, preprocess_logits_for_metrics and
+            compute_loss_func.
+    """
+    wanting = [name for name in ("label_smoothing_factor", "use_liger_kernel") if vars(args)[name]]
+    wanting += [
+        name
+        for name in ("preprocess_logits_for_metrics", "compute_loss_func")
+        if given.get(name) is not None
+    ]
+    for name in wanting:
+        raise ArgumentError(
+            name,
+            getattr(args, name, "given"),
+            "there are no logits when the head is replaced",
+            "Leave it out; compute_metrics gets predicted ids and ranks",
+        )
 
 
 class ExactEvaluation(Trainer):
@@ -30,31 +56,20 @@ class ExactEvaluation(Trainer):
     label_ranks), each (rows, T) int64, and label_ids (rows, T) aligned with them: position t holds
     the label that position t predicts, -100 for none. No shift is left to do. predict returns the
     same predictions.
-
-    Raises:
-        ArgumentError: for what needs logits: preprocess_logits_for_metrics, compute_loss_func,
-            label smoothing, Liger's own head.
     """
 
     _totals: np.ndarray | None = None
     _user_metrics: Callable[..., dict[str, float]] | None = None
     _predicting = False
 
-    def refuse_logits(self) -> None:
-        """Raise for what would call the model for its logits, around its head."""
-        needs_logits = {
-            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics is not None,
-            "compute_loss_func": self.compute_loss_func is not None,
-            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
-            "use_liger_kernel": self.args.use_liger_kernel,
-        }
-        for name in (name for name, given in needs_logits.items() if given):
-            raise ArgumentError(
-                name,
-                getattr(self.args, name, "given"),
-                "there are no logits when the head is replaced",
-                "Leave it out; compute_metrics gets predicted ids and ranks",
-            )
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers.Trainer does, after an evaluation too."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and not sharded and self.model_wrapped is self.model:
+            # Evaluating first marks the bare model as prepared. Accelerate would then not wrap it,
+            # and each process would go on alone, without an error.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def take_over_metrics(self) -> None:
         """Compute the exact metrics, and the user's after them."""

@@ -17,7 +17,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.head import find_head, replace_output_head, restore_output_head
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
-from hf_rece.training.exact_evaluation import ExactEvaluation
+from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 
 
 class LargeVocabTrainer(ExactEvaluation):
@@ -37,7 +37,7 @@ class LargeVocabTrainer(ExactEvaluation):
         **kwargs: passed to transformers.Trainer.
 
     Raises:
-        ArgumentError: as replace_output_head and ExactEvaluation.
+        ArgumentError: as replace_output_head and refuse_logits.
     """
 
     args: LargeVocabTrainingArguments
@@ -50,9 +50,10 @@ class LargeVocabTrainer(ExactEvaluation):
     ) -> None:
         if model is not None and args is not None:
             set_loss(model, args)
+        if args is not None and model is not None and find_head(model) is not None:
+            refuse_logits(args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if find_head(cast("nn.Module", self.model)) is not None:
-            self.refuse_logits()
             self.take_over_metrics()
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -60,15 +61,6 @@ class LargeVocabTrainer(ExactEvaluation):
         model = super().call_model_init(trial)
         set_loss(model, self.args)
         return model
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers.Trainer does, after an evaluation too."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.args.world_size > 1 and not sharded and self.model_wrapped is self.model:
-            # Evaluating first marks the bare model as prepared. Accelerate would then not wrap it,
-            # and each process would go on alone, without an error.
-            vars(self.model).pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
 
 
 def set_loss(model: nn.Module, args: LargeVocabTrainingArguments) -> None:
