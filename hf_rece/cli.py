@@ -37,6 +37,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   evaluate   rank the full catalogue for the test users of a log
   recommend  recommend next items for histories
   pretrain   train a language model from scratch
+  finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl])
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -164,6 +165,22 @@ def pretrain(words: Sequence[str] | None = None) -> None:
     Console().print(f"Model saved in {training.output_dir}")
 
 
+def finetune(words: Sequence[str] | None = None) -> None:
+    """Fine-tune a language model; print its exact perplexity before and after."""
+    try:
+        from trl.trainer.model_config import ModelConfig
+
+        from hf_rece.training import finetune as room
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "finetune", error.name, "not installed", 'Install it: pip install "hf_rece[trl]"'
+        ) from None
+    types = (room.FinetuneDataArguments, ModelConfig, room.FinetuneDefaults)
+    data, model, training = parse(types, words, "finetune")
+    show_run(room.finetune(data, model, training))
+    Console().print(f"Saved in {training.output_dir}")
+
+
 def read_histories(path: str) -> list[list[Any]]:
     """Return the histories of a file of JSON lines.
 
@@ -243,7 +260,13 @@ def _as_integer(word: str) -> int | str:
         return word
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "recommend": recommend, "pretrain": pretrain}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "recommend": recommend,
+    "pretrain": pretrain,
+    "finetune": finetune,
+}
 
 
 def main() -> None:

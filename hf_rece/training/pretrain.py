@@ -23,7 +23,9 @@ from transformers import (
 
 from hf_rece.data.text import load_text, token_blocks
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.head import find_head
 from hf_rece.training.args import LargeVocabTrainingArguments, json_object
+from hf_rece.training.card import write_card
 from hf_rece.training.trainer import LargeVocabTrainer
 
 
@@ -148,12 +150,15 @@ def pretrain(
     return run_training(trainer, tokens_a_step=text.block_size)
 
 
-def run_training(trainer: Any, tokens_a_step: float | None = None) -> LanguageModelRun:
-    """Evaluate, train, evaluate, save; return what came out.
+def run_training(
+    trainer: Any, tokens_a_step: float | None = None, base_model: str | None = None
+) -> LanguageModelRun:
+    """Evaluate, train, evaluate, save with metrics.json and a card; return what came out.
 
     Args:
         trainer: LargeVocabTrainer or LargeVocabSFTTrainer.
         tokens_a_step: tokens a training sequence, if all are equally long; else counted.
+        base_model: Hub id or folder of what is fine-tuned.
     """
     before = trainer.evaluate()
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -167,8 +172,12 @@ def run_training(trainer: Any, tokens_a_step: float | None = None) -> LanguageMo
     )
     run = LanguageModelRun(trainer, before, after, tokens / seconds, peak_mib())
     if trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / "metrics.json"
-        path.write_text(json.dumps(summary(run), indent=1) + "\n")
+        folder, figures = Path(trainer.args.output_dir), summary(run)
+        (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+        head = find_head(trainer.accelerator.unwrap_model(trainer.model))
+        loss = {"loss_type": "cross_entropy"} if head is None else head.loss.to_dict()
+        if "perplexity_after" in figures:
+            write_card(folder, loss, figures, base_model)
     return run
 
 

@@ -115,7 +115,7 @@ SETTINGS = {
     "accumulation": (
         llama,
         TEXTS,
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ),
     "checkpointing": (llama, TEXTS, {"gradient_checkpointing": True}),
     "experts": (mixtral, TEXTS, {"gradient_accumulation_steps": 2}),

@@ -1,0 +1,103 @@
+"""Fine-tuning from the shell: an adapter or a whole model, with a card, and back."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_rece import cli
+from hf_rece.errors import ArgumentError, DataError
+
+pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer and question-answer pairs."""
+    folder = tmp_path_factory.mktemp("base")
+    words = {w: i for i, w in enumerate(["<end>", *[f"w{i}" for i in range(60)]])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    config.save_pretrained(folder / "empty")
+    tokenizer.save_pretrained(folder / "empty")
+    pairs = [{"q": f"w{i} w{i + 1} ", "a": f"w{i + 2} w{i + 3}"} for i in range(50)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def words_for(base, output, *more, model="model"):
+    return [
+        "--model_name_or_path", str(base / model), "--train_file", str(base / "pairs.jsonl"),
+        "--prompt_column", "q", "--completion_column", "a", "--output_dir", str(output),
+        "--use_cpu", "--bf16", "false", "--disable_tqdm", "true", "--learning_rate", "0.02",
+        "--loss_kwargs", '{"n_hard": 16, "n_random": 16}', "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def test_an_adapter_is_trained_saved_and_loads_again(base, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    cli.finetune(
+        words_for(base, output, "--use_peft", "--lora_target_modules", "q_proj", "down_proj")
+    )
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["perplexity_after"] < metrics["perplexity_before"]
+    assert f"{metrics['perplexity_after']:,.4f}" in capsys.readouterr().out
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(output)
+    assert {p.name for p in output.iterdir()} >= {"adapter_model.safetensors", "README.md"}
+    generated = model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=3)
+    assert generated.shape[1] > 2
+
+
+def test_a_folder_without_weights_starts_from_random_ones(base, tmp_path):
+    output = tmp_path / "whole"
+    cli.finetune(words_for(base, output, "--num_train_epochs", "8", model="empty"))
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["perplexity_after"] < 0.8 * metrics["perplexity_before"]
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 61
+
+
+def test_the_card_names_loss_and_perplexity_and_no_path(base, tmp_path):
+    output = tmp_path / "card"
+    cli.finetune(words_for(base, output, "--loss_type", "stratified"))
+    card = ModelCard.load(output / "README.md")
+    metrics = json.loads((output / "metrics.json").read_text())
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == (
+        "perplexity",
+        round(metrics["perplexity_after"], 4),
+    )
+    assert "`stratified`" in card.text
+    assert str(tmp_path) not in str(card)
+    assert str(base) not in str(card)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (["--train_file", "gone.jsonl"], DataError, "no such file"),
+        (["--prompt_column", "nothing"], DataError, "no column nothing"),
+        (["--dataset_name", "user/set"], ArgumentError, "exactly one source"),
+        (["--loss_type", "nothing"], ArgumentError, "no such loss"),
+    ],
+)
+def test_bad_arguments_are_named(base, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        cli.finetune([*words_for(base, tmp_path / "run"), *change])
