@@ -164,6 +164,13 @@ def _set_class(model: PreTrainedModel, model_class: type[Any]) -> None:
 
 def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(
+            "model",
+            name,
+            "no model of transformers",
+            "Pass a causal or masked LM, or call a loss function on its hidden states",
+        )
     if "forward" in vars(model) and "_old_forward" not in vars(model):
         raise ArgumentError(
             "model",

@@ -245,8 +245,13 @@ class RecommenderModel(PreTrainedModel):
         targets: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        knobs = {"excluded_ids": self._excluded(), **(self.config.loss_kwargs or {})}
-        loss = build_loss(self.config.loss_type, **knobs)
+        knobs = dict(self.config.loss_kwargs or {})
+        padding, more = self._excluded(), knobs.pop("excluded_ids", None)
+        both = [
+            torch.as_tensor(ids, device=self.device) for ids in (padding, more) if ids is not None
+        ]
+        excluded = torch.cat(both) if both else None
+        loss = build_loss(self.config.loss_type, **knobs, excluded_ids=excluded)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
         terms = as_rows(self.item_head, states)

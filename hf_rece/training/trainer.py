@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -119,7 +119,8 @@ class RecommenderTrainer(LargeVocabTrainer):
                 f"Pass {longest} or less, or a model with more positions",
             )
         kwargs.setdefault("data_collator", SequenceCollator(args.max_length))
-        kwargs.setdefault("compute_metrics", self._ranking_metrics)
+        own = kwargs.get("compute_metrics")
+        kwargs["compute_metrics"] = self._ranking_metrics if own is None else _with_loss(own)
         kwargs.setdefault("processing_class", getattr(model, "tokenizer", None))
         train = kwargs.get("train_dataset")
         if args.train_sampling_strategy == "group_by_length" and isinstance(train, Dataset):
@@ -156,6 +157,12 @@ class RecommenderTrainer(LargeVocabTrainer):
         finally:
             self.args.train_sampling_strategy = strategy
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, but never by the loss alone: its mean would be of batches."""
+        names = ("dataloader", "description", "prediction_loss_only")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return super().evaluation_loop(**{**given, "prediction_loss_only": False})
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -188,6 +195,14 @@ class RecommenderTrainer(LargeVocabTrainer):
         # Trainer's own mean of batch means counts the rows that fill up the last batch of several
         # processes; this one, which takes its place, does not.
         return metrics | {"loss": float(losses.mean())}
+
+
+def _with_loss(own: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..., Any]:
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        losses = cast("Any", prediction.predictions)[3]
+        return {"loss": float(np.mean(losses)), **own(prediction)}
+
+    return metrics
 
 
 def most_popular_metrics(

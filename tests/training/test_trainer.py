@@ -225,11 +225,11 @@ def test_histories_longer_than_the_model_reads_are_refused(data, tmp_path):
         make_trainer(data, tmp_path, max_length=21)
 
 
-def test_a_model_without_a_place_for_the_loss_is_refused(tmp_path):
+def test_a_model_that_is_none_of_transformers_is_refused(tmp_path):
     arguments = LargeVocabTrainingArguments(
         output_dir=str(tmp_path), loss_type="rece", use_cpu=True
     )
-    with pytest.raises(ArgumentError, match=r"model='Linear'.*RecommenderModel"):
+    with pytest.raises(ArgumentError, match=r"model='Linear'.*causal or masked LM"):
         LargeVocabTrainer(nn.Linear(2, 2), arguments)
 
 
