@@ -229,8 +229,10 @@ def _aligned_labels(
     names = list(inspect.signature(model_class.forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     labels, shifted = given.get("labels"), given.get("shift_labels")
-    if model_class.__name__ in _MASKED or labels is None or shifted is not None:
-        return labels if shifted is None else shifted
+    if labels is not None and shifted is not None:
+        return shifted
+    if labels is None or any(parent.__name__ in _MASKED for parent in model_class.__mro__):
+        return labels
     return F.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
@@ -253,8 +255,8 @@ def _forward_without_logits(
                 "its loss does not come from the logits of its output layer",
                 "Train it with its own loss: restore_output_head(model)",
             )
-        found = shaping_of_operations(call.applied[0], model_class.__name__)
-        if found.is_close(state.shaping):
+        found, *more = (shaping_of_operations(o, model_class.__name__) for o in call.applied)
+        if all(shaping.is_close(state.shaping) for shaping in (found, *more)):
             state.checked = True
             return without_logits(output, call.notes)
         # The configuration did not tell; the forward pass has, so once more with that.
