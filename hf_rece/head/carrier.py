@@ -107,19 +107,25 @@ class LossCarrier(Tensor):
         if name in _SHAPES:
             return _reshape(carrier, func, args[1:], kwargs)
         size = _size_of_logits(carrier, func, args[1:], kwargs)
-        if size is not None:
-            return size
-        if name not in _SAME_VALUES | _COPIES | _QUESTIONS and not name.startswith("is_"):
-            raise not_understood(carrier.model, name)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
-        if name in _SAME_VALUES:  # as many digits as before, where the model wants them
-            result = carrier.plain().to(result.device)
-        elif name not in _COPIES:
-            raise not_understood(carrier.model, getattr(func, "__self__", func).__name__)
-        return carrier._with(result, carrier.labels)
+        return _copy_or_answer(carrier, func, args, kwargs) if size is None else size
+
+
+def _copy_or_answer(
+    carrier: LossCarrier, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return a carrier where `func` copies, its answer where it asks a question."""
+    name = getattr(func, "__name__", str(func))
+    if name not in _SAME_VALUES | _COPIES | _QUESTIONS and not name.startswith("is_"):
+        raise not_understood(carrier.model, name)
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if not isinstance(result, Tensor):
+        return result
+    if name in _SAME_VALUES:  # as many digits as before, where the model wants them
+        result = carrier.plain().to(result.device)
+    elif name not in _COPIES:
+        raise not_understood(carrier.model, getattr(func, "__self__", func).__name__)
+    return carrier._with(result, carrier.labels)
 
 
 def _arithmetic(

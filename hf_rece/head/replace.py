@@ -280,7 +280,14 @@ def _losses_for_logits(
     slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
     own = vars(layer).get(slot)
 
-    def losses_in_place_of_logits(hidden: Tensor) -> LossCarrier:
+    def losses_in_place_of_logits(hidden: Tensor, *more: Any, **options: Any) -> LossCarrier:
+        if more or options:
+            raise ArgumentError(
+                "output layer",
+                sorted(options) or len(more),
+                f"{model_class.__name__} calls it with more than the hidden states",
+                "Leave the argument out, or pass output_logits=True",
+            )
         state.calls += 1
         labels = call.labels.to(hidden.device)
         if hidden.shape[:-1] != labels.shape:

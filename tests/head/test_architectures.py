@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_rece import ArgumentError, replace_output_head
+from hf_rece import replace_output_head
 from hf_rece.head.replace import kernel_calls
 from tests.head.architectures import CAUSAL, MASKED, batch, build
 from tests.head.steps import assert_same_step, step
