@@ -90,6 +90,9 @@ def replace_output_head(
     The loss goes through the model's own reduction, with its labels, scaling, softcap and auxiliary
     losses. Losses of SCE are averaged over all labelled tokens, and not only over those in buckets.
 
+    torch.compile of the whole model leaves such training steps uncompiled; compile its decoder
+    instead: `model.get_decoder().compile()`.
+
     Args:
         model: a causal or masked LM of transformers, or a PEFT model of one; wrap before or after.
         loss: a name in LOSSES, or a config object such as RECEConfig(n_rounds=4).
@@ -156,6 +159,13 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(
+            "model",
+            name,
+            "it is no model of transformers",
+            "Replace the head before the model is compiled or wrapped for several processes",
+        )
     if find_head(model) is not None:
         raise ArgumentError(
             "model", name, "its head is replaced already", "Call restore_output_head(model) first"
@@ -236,6 +246,7 @@ def _aligned_labels(
     return F.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
+@torch.compiler.disable  # a compiled graph holds no LossCarrier; a compiled decoder inside stays
 def _forward_without_logits(
     model: Any,
     model_class: type[PreTrainedModel],

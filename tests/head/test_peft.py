@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from hf_rece import replace_output_head
-from tests.head.architectures import batch, build
-from tests.head.steps import assert_same_step, step
+from hf_rece import ArgumentError, replace_output_head, restore_output_head
+from tests.head.architectures import VOCABULARY, batch, build
+from tests.head.steps import LargestTensors, assert_same_step, step
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -95,7 +95,10 @@ def two_adapters(name):
 
 
 def assert_copies_train_alike(model, change=lambda model: None):
-    dense, replaced = copy.deepcopy(model), replace_output_head(copy.deepcopy(model), "cross_entropy")
+    dense, replaced = (
+        copy.deepcopy(model),
+        replace_output_head(copy.deepcopy(model), "cross_entropy"),
+    )
     change(dense)
     change(replaced)
     wanted = step(dense, batch())
