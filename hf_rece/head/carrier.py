@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,7 +169,10 @@ def _reshape(
 ) -> LossCarrier:
     shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     if func.__name__ != "flatten":
-        if kwargs or not shape or shape[-1] not in (-1, carrier.n_classes):
+        keeps_classes = len(shape) > 1 and shape[-1] in (-1, carrier.n_classes)
+        n_positions = carrier.plain().numel()
+        fits = keeps_classes and (-1 in shape[:-1] or math.prod(shape[:-1]) == n_positions)
+        if kwargs or not fits:
             raise not_understood(carrier.model, f"{func.__name__}{tuple(shape)}")
         shape = (*shape[:-1], 1)
         return carrier._with(carrier.plain().reshape(shape), carrier.labels.reshape(shape))

@@ -238,7 +238,8 @@ def _aligned_labels(
     """Return the label of each position, as the model will use it; None without labels."""
     names = list(inspect.signature(model_class.forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    labels, shifted = given.get("labels"), given.get("shift_labels")
+    labels: Tensor | None = given.get("labels")
+    shifted: Tensor | None = given.get("shift_labels")
     if labels is not None and shifted is not None:
         return shifted
     if labels is None or any(parent.__name__ in _MASKED for parent in model_class.__mro__):
