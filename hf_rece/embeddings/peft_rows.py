@@ -38,12 +38,14 @@ def peft_rows(layer: nn.Module, hidden: Tensor, read: Reader) -> OutputTerms:
     """
     if isinstance(layer, ModulesToSaveWrapper):
         active = [] if layer.disable_adapters else layer.active_adapters
-        return read(layer.modules_to_save[active[0]] if active else layer.original_module, hidden)
+        # As PEFT's own forward: an adapter that saved no copy of this layer leaves it as it was.
+        copied = active and all(name in layer.modules_to_save for name in active)
+        return read(layer.modules_to_save[active[0]] if copied else layer.original_module, hidden)
     if isinstance(layer, TrainableTokensWrapper):
         return _trainable_tokens(layer.token_adapter, hidden, read)
     if isinstance(layer, TrainableTokensLayer):
         return _trainable_tokens(layer, hidden, read)
-    if isinstance(layer, LoraLinear):
+    if type(layer).forward is LoraLinear.forward:
         return _lora(layer, hidden, read)
     raise ArgumentError(
         "output layer",

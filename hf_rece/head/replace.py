@@ -91,6 +91,9 @@ def replace_output_head(
     The loss goes through the model's own reduction, with its labels, scaling, softcap and auxiliary
     losses. Losses of SCE are averaged over all labelled tokens, and not only over those in buckets.
 
+    torch.compile of the whole model leaves such training steps uncompiled; compile its decoder
+    instead: `model.get_decoder().compile()`.
+
     Args:
         model: a causal or masked LM of transformers, or a PEFT model of one; wrap before or after.
         loss: a name in LOSSES, or a config object such as RECEConfig(n_rounds=4).
@@ -169,7 +172,8 @@ def _check_model(model: PreTrainedModel) -> None:
             "model",
             name,
             "no model of transformers",
-            "Pass a causal or masked LM, or call a loss function on its hidden states",
+            "Pass a causal or masked LM before it is compiled or wrapped for several processes, "
+            "or call a loss function on its hidden states",
         )
     if "forward" in vars(model) and "_old_forward" not in vars(model):
         raise ArgumentError(
@@ -250,12 +254,16 @@ def _aligned_labels(
     """Return the label of each position, as the model will use it; None without labels."""
     names = list(inspect.signature(model_class.forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    if model_class.__name__ in _MASKED or labels is None or shifted is not None:
-        return labels if shifted is None else shifted
+    labels: Tensor | None = given.get("labels")
+    shifted: Tensor | None = given.get("shift_labels")
+    if labels is not None and shifted is not None:
+        return shifted
+    if labels is None or any(parent.__name__ in _MASKED for parent in model_class.__mro__):
+        return labels
     return F.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
+@torch.compiler.disable  # a compiled graph holds no LossCarrier; a compiled decoder inside stays
 def _forward_without_logits(
     model: Any,
     model_class: type[PreTrainedModel],
@@ -275,8 +283,8 @@ def _forward_without_logits(
                 "its loss does not come from the logits of its output layer",
                 "Train it with its own loss: restore_output_head(model)",
             )
-        found = shaping_of_operations(call.applied[0], model_class.__name__)
-        if found.is_close(state.shaping):
+        found, *more = (shaping_of_operations(o, model_class.__name__) for o in call.applied)
+        if all(shaping.is_close(state.shaping) for shaping in (found, *more)):
             state.checked = True
             return without_logits(output, call.notes)
         # The configuration did not tell; the forward pass has, so once more with that.
@@ -300,7 +308,14 @@ def _losses_for_logits(
     slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
     own = vars(layer).get(slot)
 
-    def losses_in_place_of_logits(hidden: Tensor) -> LossCarrier:
+    def losses_in_place_of_logits(hidden: Tensor, *more: Any, **options: Any) -> LossCarrier:
+        if more or options:
+            raise ArgumentError(
+                "output layer",
+                sorted(options) or len(more),
+                f"{model_class.__name__} calls it with more than the hidden states",
+                "Leave the argument out, or pass output_logits=True",
+            )
         state.calls += 1
         labels = call.labels.to(hidden.device)
         if hidden.shape[:-1] != labels.shape:

@@ -14,6 +14,8 @@ SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Configurations spell a division "logits_scaling"; this one multiplies by it.
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+# And this one divides the hidden states, before the output layer.
+SCALES_HIDDEN_STATES = ("minicpm3",)
 
 
 class Operation(NamedTuple):
@@ -49,7 +51,8 @@ def shaping_of_config(config: PreTrainedConfig) -> Shaping:
     """Return what the configuration's known names say; the first training step checks it."""
     text = config.get_text_config()
     scale = _first(text, SCALES)
-    if scale is None and getattr(text, "logits_scaling", None) is not None:
+    scales_logits = text.model_type not in SCALES_HIDDEN_STATES
+    if scale is None and scales_logits and getattr(text, "logits_scaling", None) is not None:
         multiplies = text.model_type in MULTIPLIES_BY_LOGITS_SCALING
         scale = text.logits_scaling if multiplies else 1 / text.logits_scaling
     softcap = _first(text, SOFTCAPS)
