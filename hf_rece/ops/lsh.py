@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
+_LANE = 32
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -71,10 +73,27 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
     step = max(64, tile_bytes // (4 * (n_buckets + vectors.width)))
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
+    # Whole lanes: repeated directions change no maximum, and count as the first of their kind.
+    n_lanes = -(-n_buckets // _LANE)
+    repeated = torch.arange(n_lanes * _LANE, device=directions.device) % n_buckets
+    padded = directions[repeated]
     for start in range(0, vectors.n_rows, step):
         piece = slice(start, min(start + step, vectors.n_rows))
-        found[piece] = product(vectors.rows(piece).to(directions.dtype), directions).max(1).indices
+        scores = product(vectors.rows(piece).to(directions.dtype), padded)
+        found[piece] = repeated[_argmax(scores.view(-1, n_lanes, _LANE))]
     return found
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Return (K,) int64, the column of the largest of scores (K, n_lanes, _LANE), read as a row.
+
+    The maximum over lanes has vector instructions, the search for its place has not: it is left to
+    one lane's width and one column of lanes.
+    """
+    column = scores.amax(1).max(1).indices
+    rows = torch.arange(len(scores), device=scores.device)
+    lane = scores[rows, :, column].max(1).indices
+    return lane * _LANE + column
 
 
 def sort_into_chunks(bucket_of: Tensor, n_chunks: int) -> Chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -261,6 +261,8 @@ def backward(
         into: buffers to add into.
     """
     shift = _shift(merged, plan)
+    if winner is not None:
+        plan = _winners_only(plan, winner)
     for tile in walk(plan, scores.rows.width):
         hidden, rows = _tile_inputs(scores, tile)
         logits = _capped_logits(scores, tile, hidden, rows)
@@ -277,6 +279,23 @@ def _shift(merged: Tensor, plan: Plan) -> Tensor:
     # exp(logit - inf) = 0: the padding token's share, whatever it scored.
     shift[plan.n_tokens] = torch.inf
     return shift
+
+
+def _winners_only(plan: Plan, winner: Tensor) -> Plan:
+    """Return the plan without the tokens of groups that lost: their gradient is zero."""
+    grids, first_group = [], 0
+    for grid in plan.grids:
+        groups = torch.arange(len(grid.tokens), device=winner.device) + first_group
+        first_group += len(groups)
+        if grid.skip is not None or grid.token_log_weight is not None:
+            grids.append(grid)  # these know tokens by their places
+            continue
+        tokens = grid.tokens.long()
+        won = winner[tokens] == groups.unsqueeze(1)
+        most = max(1, int(won.sum(1).max()))
+        kept = tokens.masked_fill(~won, plan.n_tokens).sort(dim=1).values[:, :most]
+        grids.append(replace(grid, tokens=kept))
+    return replace(plan, grids=tuple(grids))
 
 
 def _share(logits: Tensor, tile: Tile, plan: Plan, shift: Tensor, winner: Tensor | None) -> Tensor:
