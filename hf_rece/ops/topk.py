@@ -166,8 +166,7 @@ class _Search:
                 _check_ids(name, ids, rows.n_rows, padding=False)
         if seen_ids is not None:
             _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
-        # The mask of a tile's hits and their places take as much again as its scores.
-        budget = resolve_tile_bytes(tile_bytes, hidden.device) // 2
+        budget = resolve_tile_bytes(tile_bytes, hidden.device)
         dtype = accumulation_dtype(hidden.dtype)
         return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
@@ -246,7 +245,7 @@ class _BestOf:
     def add(self, classes: Tensor, tile: Tensor) -> None:
         """Take note of the tile's scores (n, m) of the classes (m,)."""
         mask = tile > self.threshold
-        n_hits = int(mask.sum())
+        n_hits = int(mask.count_nonzero())
         if n_hits == 0:
             return
         k = self.scores.shape[1]
