@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -42,9 +44,8 @@ class Grid:
         tokens: (G, n) integers below N; N pads a ragged group.
         classes: (G, m) integers below C; C pads a ragged group. None with G = 1 means all classes
             in order, read as slices.
-        skip: (S, 3) int64 (group, token position, class position) of single pairs to drop, sorted
-            by group; with `classes=None` by class position. Labels are dropped so, because they are
-            scored apart.
+        skip: (S, 3) int64 (group, token position, class position) of single pairs to drop. Labels
+            are dropped so, because they are scored apart.
         own_labels: (N + 1,) integers: drop every pair whose class is the token's label. For grids
             where a label's position is not known, or where a class may occur twice in a group.
         earlier: drop the pairs that these rounds have already scored.
@@ -132,7 +133,10 @@ def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tu
     n, m = max(n, 1), max(m, 1)
     whole = n * m + 2 * (n + m) * width
     if whole <= budget:
-        return max(1, min(n_groups, budget // whole)), n, m
+        groups = max(1, min(n_groups, budget // whole))
+        # Batched products are dealt out by groups: whole rounds leave no thread idle.
+        n_threads = torch.get_num_threads()
+        return groups - groups % n_threads if groups > n_threads else groups, n, m
     # The side s of a square tile solves s * s + 4 * s * width = budget.
     side = int((4 * width**2 + budget) ** 0.5) - 2 * width
     tokens = min(n, max(side, MIN_TILE_SIDE))
@@ -157,32 +161,30 @@ def walk(plan: Plan, width: int) -> Iterator[Tile]:
         if plan.merge == "maximum" and step_m < m:
             # Groups are compared by their whole log-sum-exp: only their tokens may be split.
             step_n, step_m = max(1, min(n, plan.tile_bytes // (4 * (m + width)))), m
+        skips = _skip_by_tile(grid.skip, (n_groups, n, m), (step_g, step_n, step_m))
         for g in range(0, n_groups, step_g):
             groups = slice(g, min(g + step_g, n_groups))
             for c in range(0, m, step_m):
                 columns = slice(c, min(c + step_m, m))
                 for t in range(0, n, step_n):
                     tokens = slice(t, min(t + step_n, n))
-                    yield _cut(plan, grid, groups, tokens, columns, first_group + g)
+                    yield _cut(plan, grid, (groups, tokens, columns), next(skips), first_group + g)
         first_group += n_groups
 
 
 def _cut(
-    plan: Plan, grid: Grid, groups: slice, tokens: slice, columns: slice, first_group: int
+    plan: Plan,
+    grid: Grid,
+    piece: tuple[slice, slice, slice],
+    skip: Tensor | None,
+    first_group: int,
 ) -> Tile:
+    groups, tokens, columns = piece
     token_ids = grid.tokens[groups, tokens].long()
     class_ids = columns if grid.classes is None else grid.classes[groups, columns].long()
-    n_columns = columns.stop - columns.start
-    skip = None
-    if grid.skip is not None:
-        sorted_by, piece = (2, columns) if grid.classes is None else (0, groups)
-        first, last = torch.searchsorted(
-            grid.skip[:, sorted_by].contiguous(),
-            torch.tensor([piece.start, piece.stop], device=token_ids.device),
-        ).tolist()
-        skip = _skip_in_tile(grid.skip[first:last], groups, tokens, columns)
     if grid.blocked is not None:
         inside = grid.blocked[(grid.blocked >= columns.start) & (grid.blocked < columns.stop)]
+        n_columns = columns.stop - columns.start
         blocked = torch.zeros(n_columns, dtype=torch.bool, device=token_ids.device)
         dropped = blocked.index_fill_(0, inside - columns.start, True) if len(inside) else None
     else:
@@ -201,6 +203,31 @@ def _cut(
     )
 
 
+def _skip_by_tile(
+    skip: Tensor | None, shape: tuple[int, int, int], step: tuple[int, int, int]
+) -> Iterator[Tensor | None]:
+    """Yield, tile by tile, the flat positions to drop in its logits.
+
+    Args:
+        skip: (S, 3) int64 (group, token position, class position), or None.
+        shape: groups, tokens and classes of the grid.
+        step: groups, tokens and classes of a tile.
+    """
+    n_tiles = [-(-whole // part) for whole, part in zip(shape, step, strict=True)]
+    if skip is None or len(skip) == 0:
+        yield from repeat(None, math.prod(n_tiles))
+        return
+    (g, t, c), (step_g, step_n, step_m) = skip.unbind(1), step
+    # Tiles at the edge are smaller.
+    n = (shape[1] - t // step_n * step_n).clamp(max=step_n)
+    m = (shape[2] - c // step_m * step_m).clamp(max=step_m)
+    flat = ((g % step_g) * n + t % step_n) * m + c % step_m
+    tile = (g // step_g * n_tiles[2] + c // step_m) * n_tiles[1] + t // step_n
+    count = torch.bincount(tile, minlength=math.prod(n_tiles)).tolist()
+    for piece in flat[tile.argsort()].split(count):
+        yield piece if len(piece) else None
+
+
 def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor | None:
     padding = classes.eq(plan.n_classes)  # (G, m)
     dropped = padding.unsqueeze(1) if bool(padding.any()) else None  # (G, 1, m)
@@ -214,17 +241,3 @@ def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor 
         own = labels.unsqueeze(2) == classes.to(torch.int32).unsqueeze(1)
         dropped = own if dropped is None else own.logical_or_(dropped)
     return dropped
-
-
-def _skip_in_tile(skip: Tensor, groups: slice, tokens: slice, columns: slice) -> Tensor | None:
-    group, token, column = skip.unbind(1)
-    inside = (
-        (token >= tokens.start)
-        & (token < tokens.stop)
-        & (column >= columns.start)
-        & (column < columns.stop)
-    )
-    n, m = tokens.stop - tokens.start, columns.stop - columns.start
-    flat = ((group - groups.start) * n + token - tokens.start) * m + column - columns.start
-    flat = flat[inside]
-    return flat if len(flat) else None

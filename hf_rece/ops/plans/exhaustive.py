@@ -25,7 +25,7 @@ def exhaustive_plan(
     grid = Grid(
         tokens=tokens.unsqueeze(0),
         classes=None,
-        skip=pairs[labels.argsort()],
+        skip=pairs,
         blocked=excluded_ids,
     )
     return Plan((grid,), "logaddexp", n_tokens, n_classes, tile_bytes)

@@ -86,5 +86,4 @@ def _label_places(tokens: Chunks, classes: Chunks, labels: Tensor, reach: int) -
     # Position of the token in the window that starts `reach` chunks before the label's chunk.
     token = token_position - (group - reach) * tokens.size
     found = (token >= 0) & (token < (1 + 2 * reach) * tokens.size)
-    places = torch.stack([group, token, label_position % classes.size], dim=1)[found]
-    return places[places[:, 0].argsort()]
+    return torch.stack([group, token, label_position % classes.size], dim=1)[found]

@@ -204,5 +204,4 @@ def _skip(pairs: Tensor, tokens: _Blocks, classes: _Blocks) -> Tensor:
     """Return (P, 3) int64 (block, token position, class position) of the pairs (P, 2)."""
     token, column = tokens.place[pairs[:, 0]], classes.place[pairs[:, 1]]
     n_blocks = tokens.n_blocks
-    skip = torch.stack([token % n_blocks, token // n_blocks, column // n_blocks], dim=1)
-    return skip[skip[:, 0].argsort()]
+    return torch.stack([token % n_blocks, token // n_blocks, column // n_blocks], dim=1)
