@@ -193,6 +193,7 @@ def test_a_head_may_be_replaced_after_offloading():
     model = replace_output_head(accelerate.cpu_offload(build("llama")), "cross_entropy")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).loss, dense)
+    assert kernel_calls(model) == 1
 
 
 def test_a_dispatched_model_trains_like_dense():
