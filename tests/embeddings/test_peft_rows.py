@@ -82,6 +82,13 @@ def test_disabled_adapters_leave_the_layer_beneath(name):
         torch.testing.assert_close(logits_of(layer, hidden), layer(hidden))
 
 
+def test_an_active_adapter_without_a_copy_leaves_the_layer_as_it_was():
+    layer = wrapped("modules_to_save").base_model.model.head
+    layer._active_adapter = ["another"]
+    hidden = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(logits_of(layer, hidden), layer(hidden))
+
+
 def test_an_adapter_in_float32_on_a_bfloat16_layer_keeps_the_layers_dtype():
     model = wrapped("lora", dtype=torch.bfloat16)
     layer = model.base_model.model.head

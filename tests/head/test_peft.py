@@ -124,6 +124,14 @@ def test_two_adapters_add_up():
     assert abs(one - both) > 1e-3
 
 
+def test_an_adapter_for_each_sequence_needs_logits():
+    model = replace_output_head(two_adapters("llama"), "cross_entropy").eval()
+    names = {"adapter_names": ["default", "second"]}
+    with pytest.raises(ArgumentError, match="adapter_names"):
+        model(**batch(), **names, output_logits=False)
+    assert model(**batch(), **names).logits is not None
+
+
 def test_an_adapter_without_a_copy_of_the_head_leaves_the_head_alone():
     model = adapted(build("llama"), ADAPTERS["modules_to_save"])
     model.add_adapter("second", lora(target_modules=ATTENTION, init_lora_weights=False))

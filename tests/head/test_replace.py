@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
@@ -30,7 +32,7 @@ from hf_rece import (
     replace_output_head,
     restore_output_head,
 )
-from tests.head.architectures import GROUPED, VOCABULARY, batch, build
+from tests.head.architectures import GROUPED, VOCABULARY, WIDE, batch, build, prepared
 from tests.head.steps import LargestTensors, assert_same_step, step
 
 
@@ -315,6 +317,14 @@ def test_labels_beyond_the_vocabulary_are_refused():
     tokens["labels"][0, 5] = VOCABULARY
     with pytest.raises(ArgumentError, match=rf"labels=\[{VOCABULARY}\]"):
         replaced("llama")(**tokens)
+
+
+def test_a_model_that_scores_a_part_of_its_positions_is_refused_in_training():
+    config = AutoConfig.for_model("modernbert", **WIDE, sparse_prediction=True)
+    config._attn_implementation = "eager"
+    model = replace_output_head(prepared(AutoModelForMaskedLM.from_config(config)))
+    with pytest.raises(ArgumentError, match=r"scores positions of shape \(14,\)"):
+        model(**batch())
 
 
 def test_a_failed_step_leaves_the_output_layer_as_it_was():

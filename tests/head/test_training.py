@@ -5,7 +5,7 @@ import inspect
 import accelerate
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, BertForMaskedLM
 
 from hf_rece import ArgumentError, replace_output_head
 from hf_rece.head.replace import kernel_calls
@@ -82,6 +82,14 @@ def test_hidden_states_are_returned_as_in_dense():
     replace_output_head(model, "cross_entropy")
     found = model(**batch(), output_hidden_states=True).hidden_states
     assert all(torch.equal(*pair) for pair in zip(found, dense, strict=True))
+
+
+class OwnBert(BertForMaskedLM):
+    """A masked LM under a name that transformers does not know."""
+
+
+def test_a_subclass_of_a_masked_model_keeps_its_labels_unshifted():
+    assert_trains_like_dense(prepared(OwnBert(build("bert").config)), batch())
 
 
 def test_the_auxiliary_loss_of_experts_is_added_by_the_model():
@@ -185,6 +193,7 @@ def test_a_head_may_be_replaced_after_offloading():
     model = replace_output_head(accelerate.cpu_offload(build("llama")), "cross_entropy")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).loss, dense)
+    assert kernel_calls(model) == 1
 
 
 def test_a_dispatched_model_trains_like_dense():
