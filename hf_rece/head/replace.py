@@ -31,6 +31,8 @@ from hf_rece.losses import LossConfig
 from hf_rece.ops.stream import TokenStatistics
 
 _STATE = "_large_vocab"
+# Marks a forward on the instance that calls the one of its class, whatever that is at the time.
+CALLS_ITS_CLASS = "_calls_its_class"
 _MASKED = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
 
 
@@ -138,7 +140,23 @@ def restore_output_head(model: nn.Module) -> nn.Module:
         )
     _set_class(base, type(base).__mro__[1])
     del vars(base)[_STATE]
+    if hasattr(vars(base).get("forward"), CALLS_ITS_CLASS):
+        del vars(base)["forward"]
     return model
+
+
+def change_head_loss(model: nn.Module, loss: str | LossConfig, **knobs: Any) -> None:
+    """Train a replaced model by another loss; whatever wraps it stays.
+
+    Args:
+        model: as replace_output_head returned it, or prepared for training since.
+        loss: as for replace_output_head.
+        **knobs: likewise.
+
+    Raises:
+        ArgumentError: for an unknown loss or knob.
+    """
+    vars(base_model(model))[_STATE].head = LargeVocabHead(loss, **knobs)
 
 
 def find_head(model: nn.Module) -> LargeVocabHead | None:

@@ -17,6 +17,8 @@ from hf_rece.losses import build_loss
 class LargeVocabTrainingArguments(TrainingArguments):
     """TrainingArguments with the training loss.
 
+    With metric_for_best_model="eval_perplexity", lower is better, unless greater_is_better is set.
+
     Raises:
         ArgumentError: for an unknown loss or knob, or knobs without a loss.
     """
@@ -35,6 +37,9 @@ class LargeVocabTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_kwargs, str):  # from the command line
             self.loss_kwargs = json_object("loss_kwargs", self.loss_kwargs)
+        # Trainer takes every metric for one to maximise, unless its name ends in "loss".
+        if self.greater_is_better is None and _is_perplexity(self.metric_for_best_model):
+            self.greater_is_better = False
         super().__post_init__()
         # Pinned memory without an accelerator only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -42,8 +47,17 @@ class LargeVocabTrainingArguments(TrainingArguments):
             raise ArgumentError(
                 "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"
             )
-        if self.loss_type is not None:
-            build_loss(self.loss_type, **(self.loss_kwargs or {}))
+        if self.loss_of_head is not None:
+            build_loss(self.loss_of_head, **(self.loss_kwargs or {}))
+
+    @property
+    def loss_of_head(self) -> str | None:
+        """Name in LOSSES of what the head computes."""
+        return self.loss_type
+
+
+def _is_perplexity(metric: str | None) -> bool:
+    return metric is not None and metric.endswith("perplexity")
 
 
 def json_object(argument: str, text: str) -> dict[str, Any]:

@@ -89,17 +89,21 @@ class ExactEvaluation(Trainer):
         inputs = self._prepare_inputs(inputs)
         wants_ids = self._predicting or self._user_metrics is not None
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(
-                **inputs,
-                output_logits=False,
-                output_token_statistics=True,
-                output_predictions=wants_ids,
-            )
+            output = self.token_output(model, inputs, wants_ids)
         labels = output.aligned_labels
         summed = [output.token_losses, output.entropy, output.is_top1, labels != -100]
         sums = torch.stack([values.double().sum(1) for values in summed], dim=1)
         found = (output.predicted_ids, output.label_ranks) if wants_ids else ()
         return output.loss.detach(), (sums, *found), labels
+
+    def token_output(self, model: nn.Module, inputs: dict[str, Any], wants_ids: bool) -> Any:
+        """Return a batch's output with fields (rows, T) about its tokens."""
+        return model(
+            **inputs,
+            output_logits=False,
+            output_token_statistics=True,
+            output_predictions=wants_ids,
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does; sums of tokens are gathered even where only losses are."""

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hf_rece.errors import ArgumentError
-from hf_rece.head import find_head, replace_output_head, restore_output_head
-from hf_rece.head.replace import base_model
-from hf_rece.losses import build_loss
-from hf_rece.training.args import json_object
+from hf_rece.head.outputs import TOKEN_FIELDS
+from hf_rece.head.replace import CALLS_ITS_CLASS, base_model
+from hf_rece.training.args import LargeVocabTrainingArguments
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.trainer import set_loss
 
 # TRL's own names: its likelihood is the exact cross-entropy, which dft then weighs.
 _OF_TRL = {"nll": "cross_entropy", "dft": "cross_entropy"}
+_LENGTHS = "row_lengths"
 
 
 @dataclass
-class LargeVocabSFTConfig(SFTConfig):
-    """SFTConfig with the training loss.
+class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
+    """SFTConfig with the training loss and its knobs, as in LargeVocabTrainingArguments.
 
     Raises:
         ArgumentError: for an unknown loss or knob.
@@ -38,15 +44,11 @@ class LargeVocabSFTConfig(SFTConfig):
             "gbce; or TRL's own nll (cross_entropy) and dft."
         },
     )
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Knobs of the loss as JSON, such as '{\"n_hard\": 512}'."}
-    )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.loss_kwargs, str):  # from the command line
-            self.loss_kwargs = json_object("loss_kwargs", self.loss_kwargs)
-        build_loss(_OF_TRL.get(self.loss_type, self.loss_type), **(self.loss_kwargs or {}))
-        super().__post_init__()
+    @property
+    def loss_of_head(self) -> str:
+        """Name in LOSSES of what the head computes."""
+        return _OF_TRL.get(self.loss_type, self.loss_type)
 
 
 class LargeVocabSFTTrainer(ExactEvaluation, SFTTrainer):
@@ -54,8 +56,9 @@ class LargeVocabSFTTrainer(ExactEvaluation, SFTTrainer):
 
     TRL prepares the data (chat templates, packing, completion-only and assistant-only loss) and
     logs its metrics; entropy and mean_token_accuracy come from the streaming kernel, about the
-    classes that the loss scores. TRL's own fused head is not used. Evaluation is exact, see
-    ExactEvaluation.
+    classes that the loss scores (bce and gbce have no entropy: NaN). TRL's own fused head is not
+    used. Evaluation is exact, see ExactEvaluation; rows that were joined without padding count one
+    by one.
 
     An adapter on the output layer is refused by TRL; LargeVocabTrainer trains one.
 
@@ -87,14 +90,79 @@ class LargeVocabSFTTrainer(ExactEvaluation, SFTTrainer):
         finally:
             args.loss_type = loss_type
         base = base_model(cast("nn.Module", self.model))
-        if "_old_forward" not in vars(base):
-            del vars(base)["forward"]  # TRL's fused head
-        if find_head(base) is not None:
-            restore_output_head(base)
-        knobs = cast("dict[str, Any]", args.loss_kwargs or {})
-        replace_output_head(base, _OF_TRL.get(loss_type, loss_type), **knobs)
+        _remove_head_of_trl(base)
+        set_loss(base, args)
         _answer_trl(base)
         self.take_over_metrics()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the evaluation batches."""
+        with self._noting_lengths():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Return the batches of predict."""
+        with self._noting_lengths():
+            return super().get_test_dataloader(test_dataset)
+
+    def token_output(self, model: nn.Module, inputs: dict[str, Any], wants_ids: bool) -> Any:
+        """Return a batch's output with fields (rows, T) about its tokens; note TRL's metrics."""
+        lengths = inputs.pop(_LENGTHS, None)
+        if self.aux_loss_enabled:
+            inputs = {**inputs, "output_router_logits": True}
+        output = super().token_output(model, inputs, wants_ids)
+        metrics = self._metrics["eval"]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            of_batches = self.accelerator.gather_for_metrics(output.aux_loss)
+            metrics["aux_loss"].append(of_batches.mean().item())
+        if lengths is not None:
+            for name in [name for name in TOKEN_FIELDS if name in output]:
+                output[name] = _separate(output[name], lengths.tolist())
+        return output
+
+    @contextmanager
+    def _noting_lengths(self) -> Iterator[None]:
+        """Let data loaders made meanwhile tell the length of each row that they join to others.
+
+        The last batch repeats rows of other processes, which are to be left out again.
+        """
+        collator = self.data_collator
+        if self.padding_free:
+            self.data_collator = _NotingLengths(collator)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+
+@dataclass
+class _NotingLengths:
+    """Collator that adds the length of each row to the batch."""
+
+    collator: Callable[..., Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {**self.collator(rows), _LENGTHS: lengths}
+
+
+def _separate(values: Tensor, lengths: list[int]) -> Tensor:
+    """Return values (1, T) of rows that were joined as (rows, longest)."""
+    filler = 0 if values.is_floating_point() or values.dtype == torch.bool else -100
+    parts = values[0, : sum(lengths)].split(lengths)
+    return pad_sequence(parts, batch_first=True, padding_value=filler)
+
+
+def _remove_head_of_trl(model: nn.Module) -> None:
+    """Take off `model` the fused head that SFTTrainer has put around its forward."""
+    # Where Accelerate placed the model on devices, TRL's forward is what leads to Accelerate's.
+    if "_old_forward" in vars(model):
+        return
+    del vars(model)["forward"]
+    # With it goes the autocast of an earlier training: Accelerate is to put it on again.
+    if vars(model).pop("_original_forward", None) is not None:
+        vars(model).pop("_is_accelerate_prepared", None)
 
 
 def _answer_trl(model: Any) -> None:
@@ -123,4 +191,6 @@ def _answer_trl(model: Any) -> None:
             aux_loss=output.get("aux_loss"),
         )
 
+    if placed is None:
+        setattr(forward, CALLS_ITS_CLASS, True)
     model.forward = types.MethodType(forward, model)

@@ -14,7 +14,8 @@ from transformers import EvalPrediction
 from hf_rece.data.collator import SequenceCollator
 from hf_rece.data.splits import HISTORY, TARGET
 from hf_rece.errors import ArgumentError
-from hf_rece.head import find_head, replace_output_head, restore_output_head
+from hf_rece.head import find_head, replace_output_head
+from hf_rece.head.replace import change_head_loss
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
@@ -69,16 +70,17 @@ def set_loss(model: nn.Module, args: LargeVocabTrainingArguments) -> None:
     Raises:
         ArgumentError: as replace_output_head.
     """
-    if args.loss_type is None:
+    loss = args.loss_of_head
+    if loss is None:
         return
     config: Any = getattr(model, "config", None)
     if hasattr(config, "loss_kwargs"):
-        config.loss_type, config.loss_kwargs = args.loss_type, args.loss_kwargs
+        config.loss_type, config.loss_kwargs = loss, args.loss_kwargs
         return
-    if find_head(model) is not None:
-        restore_output_head(model)
     knobs = cast("dict[str, Any]", args.loss_kwargs or {})
-    replace_output_head(model, args.loss_type, **knobs)
+    # What prepared the model in the meantime stays around the head that is there.
+    set_head = replace_output_head if find_head(model) is None else change_head_loss
+    set_head(model, loss, **knobs)
 
 
 class RecommenderTrainer(LargeVocabTrainer):
