@@ -36,7 +36,6 @@ RESULTS = Path(__file__).parent / "results" / "beauty.jsonl"
 LOSSES = {
     "cross_entropy": {"loss_type": "cross_entropy"},
     "stratified": {"loss_type": "stratified"},
-    "stratified_1024": {"loss_type": "stratified", "n_hard": 256, "n_random": 1024},
     "stratified_2560": {
         "loss_type": "stratified",
         "n_groups": 400,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rece.losses.cross_entropy import cross_entropy_loss
-from hf_rece.losses.stratified import stratified_loss
+from hf_rece.losses.stratified import StratifiedConfig, n_groups_for, stratified_loss
 
 
 def draw(seed):
@@ -74,3 +74,11 @@ def test_the_gradient_points_where_the_exact_one_does(inputs):
     )
     for left, right in zip(ours, exact, strict=True):
         assert torch.cosine_similarity(left.flatten(), right.flatten(), dim=0) > 0.95
+
+
+def test_small_catalogues_get_groups_of_few_tokens():
+    config = StratifiedConfig()
+    assert n_groups_for(config, n_tokens=4096, n_classes=1_000_000) == 256
+    assert n_groups_for(config, n_tokens=1500, n_classes=12_000) == 384
+    assert n_groups_for(config, n_tokens=1500, n_classes=1_000) == 1500
+    assert n_groups_for(StratifiedConfig(n_groups=7), n_tokens=5, n_classes=1_000) == 5
