@@ -32,12 +32,38 @@ def test_a_recipe_begins_with_its_command(path):
     assert f"python {path.relative_to(RECIPES.parent)}" in head or f"python {path.name}" in head
 
 
+def finetune_types():
+    pytest.importorskip("trl")
+    from trl.trainer.model_config import ModelConfig
+
+    from hf_rece.training.finetune import FinetuneDataArguments, FinetuneDefaults
+
+    return FinetuneDataArguments, ModelConfig, FinetuneDefaults
+
+
+COMMANDS = {
+    "sequential_recommendation": (
+        "train",
+        lambda: (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults),
+    ),
+    "language_model": ("finetune", finetune_types),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_file_parses(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
-    types = (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults)
-    _, _, training = cli.parse(types, [str(path), "--output_dir", str(tmp_path)], "train")
+    command, types = COMMANDS[path.parent.name]
+    words = [str(path), "--output_dir", str(tmp_path), "--bf16", "false"]
+    *_, training = cli.parse(types(), words, command)
     assert training.loss_type == settings["loss_type"]
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_language_model_recipes_list_their_flags(script):
+    pytest.importorskip("trl")
+    assert "--loss_type" in run(f"language_model/{script}.py", "--help")
 
 
 def test_the_training_recipe_ends_with_tables(tmp_path):

@@ -65,7 +65,8 @@ def stratified_loss(
     with the exact ones, and neither more groups, other shares of hard and random classes, hashing
     without centring, the likeliest words in every hard set, nor draws guided by the mean state move
     the rows' gradient by more than .001: frequent words are in the hard sets already. (Guided draws
-    bring the states' gradient from .998 to .999.) On a recommender the number of groups counts most.
+    bring the states' gradient from .998 to .999.) On a recommender the number of groups counts
+    most.
 
     Args:
         hidden: (N, D) or (B, T, D) floating point.
