@@ -51,6 +51,14 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.backbone.config.dropout = 0.0
+    return model
+
+
 def dense_loss(model, inputs):
     hidden = model.backbone(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
@@ -65,11 +73,7 @@ def dense_loss(model, inputs):
 @pytest.mark.parametrize("bias", [True, False])
 def test_loss_and_gradients_equal_the_dense_ones(backbone, tied, bias):
     model, inputs = make(backbone, tie_word_embeddings=tied, output_bias=bias), batch()
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.backbone.config.dropout = 0.0
+    without_dropout(model.train())
     losses, grads = [], []
     for loss in (lambda: model(**inputs).loss, lambda: dense_loss(model, inputs)):
         model.zero_grad()
@@ -347,3 +351,35 @@ def test_a_configuration_leaves_the_backbones_as_it_was():
     backbone = SASRecConfig(vocab_size=7)
     one, other = (RecommenderConfig(backbone=backbone, vocab_size=size) for size in (30, 99))
     assert (backbone.vocab_size, one.backbone.vocab_size, other.backbone.vocab_size) == (7, 30, 99)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_on_the_item_head_is_trained():
+    peft = pytest.importorskip("peft")
+    model = without_dropout(make(tie_word_embeddings=False))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["item_head"]))
+    lora_b = model.item_head.lora_B["default"].weight
+    torch.nn.init.normal_(lora_b)
+    inputs = batch()
+    loss = adapted.train()(**inputs).loss
+    wanted = dense_loss(model, inputs)
+    torch.testing.assert_close(loss, wanted)
+    (got,) = torch.autograd.grad(loss, lora_b)
+    (want,) = torch.autograd.grad(wanted, lora_b)
+    assert float(want.abs().max()) > 0
+    torch.testing.assert_close(got, want)
+
+
+def test_excluded_ids_add_to_padding():
+    model = without_dropout(make(loss_kwargs={"excluded_ids": [3]}))
+    inputs = batch()
+    inputs["labels"][inputs["labels"] == 3] = 4
+    hidden = (
+        model.train()
+        .backbone(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        .last_hidden_state
+    )
+    logits = model.item_head(hidden)
+    logits[..., [0, 3]] = -torch.inf
+    wanted = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+    torch.testing.assert_close(model(**inputs).loss, wanted)

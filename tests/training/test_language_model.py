@@ -1,6 +1,10 @@
 """LargeVocabTrainer on language models: gradients, exact evaluation, ids and ranks."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +239,61 @@ def test_gpt2_trains_and_its_loss_falls(tmp_path):
 def test_what_needs_logits_is_refused(tmp_path, setting, value):
     with pytest.raises(ArgumentError, match=setting):
         trainer_of(language_model(), tmp_path, **{setting: value})
+
+
+# ------------------------------------------------------------------------------- several processes
+
+DISTRIBUTED = """
+import json, os, sys
+from pathlib import Path
+import torch.distributed
+sys.path.insert(0, {root!r})
+from tests.training.test_language_model import findings
+found = findings({folder!r}, 2)
+Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(found))
+torch.distributed.barrier()  # neither process leaves while the other still talks to it
+torch.distributed.destroy_process_group()
+"""
+
+
+def findings(folder, world):
+    """Metrics before and after training in `world` processes, and the sum of the weights."""
+    model = language_model()
+    trainer = trainer_of(
+        model,
+        folder,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        train_sampling_strategy="sequential",
+        compute_metrics=id_metrics,
+    )
+    assert trainer.args.world_size == world
+    found = []
+    for train in (lambda: None, trainer.train):
+        train()
+        metrics = trainer.evaluate()
+        timed = ("runtime", "per_second", "epoch", "preparation_time")
+        found.append({name: v for name, v in metrics.items() if not name.endswith(timed)})
+    return [*found, sum(float(p.detach().double().sum()) for p in model.parameters())]
+
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    script = tmp_path / "script.py"
+    root = str(Path(__file__).resolve().parents[2])
+    script.write_text(DISTRIBUTED.format(root=root, folder=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *wanted, weights = findings(tmp_path, 1)
+    for rank in (0, 1):
+        *found, total = json.loads((tmp_path / f"{rank}.json").read_text())
+        for got, want in zip(found, wanted, strict=True):
+            assert got == pytest.approx(want, rel=1e-5)
+        assert total == pytest.approx(weights, rel=1e-5)

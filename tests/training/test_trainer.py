@@ -36,7 +36,9 @@ data = pytest.fixture(make_data, scope="module", name="data")
 
 def make_trainer(data, folder, **arguments):
     tokenizer, splits = data
-    callbacks = arguments.pop("callbacks", None)
+    extra = {
+        name: arguments.pop(name) for name in ("callbacks", "compute_metrics") if name in arguments
+    }
     torch.manual_seed(0)
     backbone = SASRecConfig(hidden_size=16, max_position_embeddings=20, dropout=0.0)
     model = RecommenderModel(RecommenderConfig(backbone=backbone, vocab_size=len(tokenizer)))
@@ -58,7 +60,7 @@ def make_trainer(data, folder, **arguments):
         RecommenderTrainingArguments(**settings),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        callbacks=callbacks,
+        **extra,
     )
 
 
@@ -231,6 +233,18 @@ def test_a_model_that_is_none_of_transformers_is_refused(tmp_path):
     )
     with pytest.raises(ArgumentError, match=r"model='Linear'.*causal or masked LM"):
         LargeVocabTrainer(nn.Linear(2, 2), arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prediction_loss_only": True}, {"compute_metrics": lambda p: {"users": len(p.label_ids)}}],
+    ids=["loss only", "own metrics"],
+)
+def test_the_loss_of_evaluation_is_that_of_each_user_once(data, settings, tmp_path):
+    wanted = make_trainer(data, tmp_path).evaluate()["eval_loss"]
+    metrics = make_trainer(data, tmp_path, per_device_eval_batch_size=11, **settings).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert metrics.get("eval_users", 70) == 70
 
 
 @pytest.mark.parametrize(
