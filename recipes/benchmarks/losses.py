@@ -6,8 +6,8 @@
 
 Memory: inputs and zeroed gradients are allocated and touched, the peak counter is reset, and the
 peak resident size during loss + backward is read, less the resident size before; a run on 64 tokens
-has loaded the code. Time: the least of the repeats after the first, and of `--passes` through all
-losses in turn, because a machine is not equally fast at all times.
+has loaded the code; the median of `--passes` through all losses in turn. Time: the least of the
+repeats after the first, and of the passes, because a machine is not equally fast at all times.
 `--frozen`: the output rows want no gradient, as under an adapter on other layers.
 Writes results/losses_N_C_D.json, or losses_N_C_D_frozen.json.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from environment import environment
@@ -111,15 +112,17 @@ def main() -> None:
         print(json.dumps(measure(args.only, shape, args.repeats, args.frozen)))
         return
     names = [name for name in (DENSE, *LOSSES) if name not in args.skip]
-    rows: dict[str, dict[str, float]] = {}
-    for _ in range(args.passes):
-        for name in names:
-            row = in_fresh_process(name, shape, args.repeats, args.frozen)
-            before = rows.get(name, row)
-            rows[name] = {
-                "extra_peak_mib": max(row["extra_peak_mib"], before["extra_peak_mib"]),
-                "seconds": min(row["seconds"], before["seconds"]),
-            }
+    passes = [
+        {name: in_fresh_process(name, shape, args.repeats, args.frozen) for name in names}
+        for _ in range(args.passes)
+    ]
+    rows = {
+        name: {
+            "extra_peak_mib": median(each[name]["extra_peak_mib"] for each in passes),
+            "seconds": min(each[name]["seconds"] for each in passes),
+        }
+        for name in names
+    }
     floor = 4 * args.width * (args.tokens + args.classes * (not args.frozen)) / 2**20
     show(rows, shape, floor)
     record = {
