@@ -70,7 +70,8 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
         tile_bytes: bytes of one tile of inner products.
     """
     n_buckets = len(directions)
-    step = max(64, tile_bytes // (4 * (n_buckets + vectors.width)))
+    # Half a tile: the maximum is taken while the scores are still near the processor.
+    step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)))
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     # Whole lanes: repeated directions change no maximum, and count as the first of their kind.
