@@ -42,12 +42,11 @@ class _State:
     Attributes:
         head: the training loss.
         shaping: what the model does to its logits, as far as known.
-        checked: whether a forward pass has confirmed the shaping.
         calls: how often the output layer's losses were computed.
     """
 
     def __init__(self, head: LargeVocabHead, shaping: Shaping) -> None:
-        self.head, self.shaping, self.checked, self.calls = head, shaping, False, 0
+        self.head, self.shaping, self.calls = head, shaping, 0
 
 
 class _Wanted(NamedTuple):
@@ -303,7 +302,6 @@ def _forward_without_logits(
             )
         found, *more = (shaping_of_operations(o, model_class.__name__) for o in call.applied)
         if all(shaping.is_close(state.shaping) for shaping in (found, *more)):
-            state.checked = True
             return without_logits(output, call.notes)
         # The configuration did not tell; the forward pass has, so once more with that.
         state.shaping = found
