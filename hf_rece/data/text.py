@@ -73,16 +73,25 @@ def token_blocks(documents: Sequence[str], tokenizer: Any, block_size: int) -> D
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
-def _read(file: str, text_columns: Sequence[str]) -> list[str]:
+def read_rows(file: str) -> Dataset:
+    """Return the rows of a file as a dataset; plain text has a row for each line.
+
+    Raises:
+        DataError: for a missing file or an unknown ending.
+    """
     path = Path(file)
     if not path.is_file():
         raise DataError(file, "no such file", "Check the path")
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise DataError(file, "unknown kind of text", f"Pass one of {', '.join(_READERS)}")
-    if reader == "text":
-        return [path.read_text("utf-8")]
-    return _documents(load_dataset(reader, data_files=file, split="train"), text_columns, file)
+    return load_dataset(reader, data_files=file, split="train")
+
+
+def _read(file: str, text_columns: Sequence[str]) -> list[str]:
+    if file.endswith(".txt") and Path(file).is_file():
+        return [Path(file).read_text("utf-8")]
+    return _documents(read_rows(file), text_columns, file)
 
 
 def _documents(dataset: Any, text_columns: Sequence[str], source: str) -> list[str]:

@@ -12,11 +12,10 @@ from trl.scripts.utils import ScriptArguments
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from hf_rece.data.text import read_rows
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.training.pretrain import LanguageModelRun, load_tokenizer, run_training
 from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
-
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass
@@ -112,22 +111,12 @@ def _datasets(data: FinetuneDataArguments, seed: int) -> tuple[Dataset, Dataset]
         parts = load_dataset(data.dataset_name, name=data.dataset_config)
         train, evaluation = parts[data.dataset_train_split], parts.get(data.dataset_test_split)
     else:
-        train = _read(str(data.train_file))
-        evaluation = _read(data.validation_file) if data.validation_file else None
+        train = read_rows(str(data.train_file))
+        evaluation = read_rows(data.validation_file) if data.validation_file else None
     if evaluation is None:
         held_out = train.train_test_split(test_size=1 / 20, seed=seed)
         train, evaluation = held_out["train"], held_out["test"]
     return _renamed(train, data), _renamed(evaluation, data)
-
-
-def _read(file: str) -> Dataset:
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(file, "no such file", "Check the path")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(file, "unknown kind of dataset", f"Pass one of {', '.join(_READERS)}")
-    return load_dataset(reader, data_files=file, split="train")
 
 
 def _renamed(dataset: Dataset, data: FinetuneDataArguments) -> Dataset:

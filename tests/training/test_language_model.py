@@ -1,10 +1,6 @@
 """LargeVocabTrainer on language models: gradients, exact evaluation, ids and ranks."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +9,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_rece import ArgumentError, LargeVocabTrainer, LargeVocabTrainingArguments, find_head
+from tests.processes import findings_of_two_processes
 
 VOCABULARY = 99
 
@@ -243,18 +240,6 @@ def test_what_needs_logits_is_refused(tmp_path, setting, value):
 
 # ------------------------------------------------------------------------------- several processes
 
-DISTRIBUTED = """
-import json, os, sys
-from pathlib import Path
-import torch.distributed
-sys.path.insert(0, {root!r})
-from tests.training.test_language_model import findings
-found = findings({folder!r}, 2)
-Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(found))
-torch.distributed.barrier()  # neither process leaves while the other still talks to it
-torch.distributed.destroy_process_group()
-"""
-
 
 def findings(folder, world):
     """Metrics before and after training in `world` processes, and the sum of the weights."""
@@ -279,21 +264,9 @@ def findings(folder, world):
 
 
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
-    script = tmp_path / "script.py"
-    root = str(Path(__file__).resolve().parents[2])
-    script.write_text(DISTRIBUTED.format(root=root, folder=str(tmp_path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    of_processes = findings_of_two_processes("tests.training.test_language_model", tmp_path)
     *wanted, weights = findings(tmp_path, 1)
-    for rank in (0, 1):
-        *found, total = json.loads((tmp_path / f"{rank}.json").read_text())
+    for *found, total in of_processes:
         for got, want in zip(found, wanted, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
         assert total == pytest.approx(weights, rel=1e-5)

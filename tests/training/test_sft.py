@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from hf_rece import (
     restore_output_head,
 )
 from hf_rece.head.replace import kernel_calls
+from tests.processes import findings_of_two_processes
 
 pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -500,18 +500,6 @@ def test_without_trl_the_extra_is_named(name, monkeypatch):
 
 # ------------------------------------------------------------------------------- several processes
 
-DISTRIBUTED = """
-import json, os, sys
-from pathlib import Path
-import torch.distributed
-sys.path.insert(0, {root!r})
-from tests.training.test_sft import findings
-found = findings({folder!r}, 2)
-Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(found))
-torch.distributed.barrier()  # neither process leaves while the other still talks to it
-torch.distributed.destroy_process_group()
-"""
-
 
 def findings(folder, world):
     """Return what training and evaluating in `world` processes log, by setting."""
@@ -540,21 +528,9 @@ def findings(folder, world):
 
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
-    script = tmp_path / "script.py"
-    root = str(Path(__file__).resolve().parents[2])
-    script.write_text(DISTRIBUTED.format(root=root, folder=str(tmp_path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    of_processes = findings_of_two_processes("tests.training.test_sft", tmp_path)
     wanted = findings(tmp_path, 1)
-    for rank in (0, 1):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    for found in of_processes:
         for name, entries in wanted.items():
             for got, want in zip(found[name], entries, strict=True):
-                assert got == pytest.approx(want, abs=2e-5, rel=2e-5), (rank, name)
+                assert got == pytest.approx(want, abs=2e-5, rel=2e-5), name

@@ -1,10 +1,5 @@
 """Training and ranking with Trainer."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -23,6 +18,7 @@ from hf_rece.training.trainer import (
     RecommenderTrainer,
     most_popular_metrics,
 )
+from tests.processes import findings_of_two_processes
 
 
 def make_data():
@@ -258,65 +254,40 @@ def test_ranking_training_rows_is_refused(data, method, argument, tmp_path):
 
 # ------------------------------------------------------------------------------- several processes
 
-DISTRIBUTED = """
-import json, os, sys
-from pathlib import Path
-import torch.distributed
-sys.path.insert(0, {root!r})
-from tests.training.test_trainer import make_data, train_and_rank
-world, results = train_and_rank(make_data(), {folder!r}, batch=8)
-assert world == 2, world
-Path({folder!r}, os.environ["RANK"] + ".json").write_text(json.dumps(results))
-torch.distributed.barrier()  # neither process leaves while the other still talks to it
-torch.distributed.destroy_process_group()
-"""
 
-
-def train_and_rank(data, folder, batch):
-    """Return the number of processes, and (metrics before, metrics after, sum of the weights)."""
+def findings(folder, world):
+    """Return metrics before training, metrics after it, and the sum of the weights."""
     trainer = make_trainer(
-        data,
+        make_data(),
         folder,
         per_device_eval_batch_size=11,  # 70 users: the last batch is uneven
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=16 // world,
         max_steps=3,
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
-    results = []
+    assert trainer.args.world_size == world
+    found = []
     for train in (lambda: None, trainer.train):
         train()
         metrics = trainer.evaluate()
-        results.append({n: v for n, v in metrics.items() if "@" in n or n == "eval_loss"})
-    total = sum(float(p.detach().double().sum()) for p in trainer.model.parameters())
-    return trainer.args.world_size, [*results, total]
+        found.append({n: v for n, v in metrics.items() if "@" in n or n == "eval_loss"})
+    return [*found, sum(float(p.detach().double().sum()) for p in trainer.model.parameters())]
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """What each of two processes finds."""
     folder = tmp_path_factory.mktemp("two")
-    script = folder / "script.py"
-    root = str(Path(__file__).resolve().parents[2])
-    script.write_text(DISTRIBUTED.format(root=root, folder=str(folder)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return findings_of_two_processes("tests.training.test_trainer", folder)
 
 
 @pytest.mark.parametrize("moment", [0, 1], ids=["before", "after"])
-def test_two_processes_rank_like_one(data, processes, moment, tmp_path):
-    _, wanted = train_and_rank(data, tmp_path, batch=16)
+def test_two_processes_rank_like_one(processes, moment, tmp_path):
+    wanted = findings(tmp_path, 1)
     assert processes[0][moment] == pytest.approx(wanted[moment], rel=1e-5)
 
 
-def test_two_processes_end_with_the_same_weights_after_an_evaluation(data, processes, tmp_path):
-    _, wanted = train_and_rank(data, tmp_path, batch=16)
+def test_two_processes_end_with_the_same_weights_after_an_evaluation(processes, tmp_path):
+    wanted = findings(tmp_path, 1)
     assert processes[0][2] == processes[1][2] == pytest.approx(wanted[2], rel=1e-5)
