@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
 # tile.
 _SPARSE_SHARE = 1 / 16
 _QUERIES = 256
+# A first threshold from a sample spares the hits that later classes push out again.
+_SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
 
 
 def streamed_topk(
@@ -55,11 +58,7 @@ def streamed_topk(
     if k < 1:
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
-    found = [_BestOf.make(k, search, queries) for queries in search.query_blocks()]
-    for block in found:
-        for classes, tile in search.tiles(block.queries):
-            block.add(classes, tile)
-    best = [block.sorted() for block in found]
+    best = [_best_of(search, queries, k) for queries in search.query_blocks()]
     return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
 
 
@@ -193,6 +192,23 @@ class _Search:
             self._withdraw(scores, queries, columns, classes)
             yield classes, scores
 
+    def likely_threshold(self, queries: slice, k: int) -> Tensor | None:
+        """Return scores (n, 1) that more than k classes very likely exceed, from a sample.
+
+        None where a sample would not pay.
+        """
+        n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
+        stride = max(_SAMPLED_ONE_IN, n_classes // _SAMPLE)
+        # Four standard deviations above the mean of a Poisson count.
+        rank = math.ceil(k / stride + 4 * math.sqrt(k / stride) + 4)
+        if rank * _WORTH_SAMPLING > n_classes // stride:
+            return None
+        sample = torch.arange(0, n_classes, stride, device=self.hidden.device)
+        if self.allowed_ids is not None:
+            sample = self.allowed_ids[sample]
+        tiles = [tile for _, tile in replace(self, allowed_ids=sample).tiles(queries)]
+        return torch.cat(tiles, dim=1).topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
+
     def _columns(self, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.hidden.device
         if self.allowed_ids is None:
@@ -220,6 +236,19 @@ class _Search:
             scores[row, found[row, column]] = -torch.inf
 
 
+def _best_of(search: _Search, queries: slice, k: int) -> tuple[Tensor, Tensor]:
+    """Return scores (n, k) and ids (n, k) of a block of queries, best first."""
+    for threshold in (search.likely_threshold(queries, k), None):
+        best = _BestOf.make(k, search, queries, threshold)
+        for classes, tile in search.tiles(queries):
+            best.add(classes, tile)
+        scores, ids = best.sorted()
+        # With k scores above its threshold, a query has missed nothing.
+        if threshold is None or bool((scores[:, -1] > -torch.inf).all()):
+            break
+    return scores, ids
+
+
 @dataclass
 class _BestOf:
     """The k best classes of a block of n queries so far, and later hits not yet sorted in.
@@ -227,7 +256,6 @@ class _BestOf:
     Hits are collected and folded k at a time: a fold costs as much as a scan of many tiles.
     """
 
-    queries: slice
     scores: Tensor  # (n, k)
     ids: Tensor  # (n, k)
     threshold: Tensor  # (n, 1): only larger scores can still enter
@@ -235,12 +263,12 @@ class _BestOf:
     n_pending: int = 0
 
     @classmethod
-    def make(cls, k: int, search: _Search, queries: slice) -> _BestOf:
+    def make(cls, k: int, search: _Search, queries: slice, threshold: Tensor | None) -> _BestOf:
         shape = (queries.stop - queries.start, k)
         device = search.hidden.device
         scores = torch.full(shape, -torch.inf, dtype=search.dtype, device=device)
         ids = torch.full(shape, -1, dtype=torch.long, device=device)
-        return cls(queries, scores, ids, scores[:, :1].clone(), [])
+        return cls(scores, ids, scores[:, :1].clone() if threshold is None else threshold, [])
 
     def add(self, classes: Tensor, tile: Tensor) -> None:
         """Take note of the tile's scores (n, m) of the classes (m,)."""
@@ -264,7 +292,7 @@ class _BestOf:
         ids = torch.cat([self.ids, *(ids for _, ids in self.pending)], dim=1)
         self.scores, place = scores.topk(self.scores.shape[1], dim=1, sorted=False)
         self.ids = ids.gather(1, place)
-        self.threshold = self.scores.amin(1, keepdim=True)
+        self.threshold = torch.maximum(self.threshold, self.scores.amin(1, keepdim=True))
         self.pending, self.n_pending = [], 0
 
     def sorted(self) -> tuple[Tensor, Tensor]:

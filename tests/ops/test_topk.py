@@ -127,3 +127,14 @@ def test_bad_input_is_named(change, message):
 def test_labels_out_of_range_are_named():
     with pytest.raises(ArgumentError, match="labels"):
         label_rank(torch.ones(1, 4), torch.ones(9, 4), torch.tensor([9]))
+
+
+def test_a_sample_of_classes_that_misleads_does_not_change_the_answer():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8192, 4, generator=draw)
+    weight[::16] *= 50  # every sixteenth class, those that the first threshold is taken from
+    hidden = torch.randn(5, 4, generator=draw)
+    scores, ids = streamed_topk(hidden, weight, 20, tile_bytes=2**16)
+    wanted = (hidden @ weight.T).topk(20)
+    torch.testing.assert_close(scores, wanted.values)
+    assert torch.equal(ids, wanted.indices)
