@@ -139,11 +139,16 @@ def tile_shape(n_groups: int, n: int, m: int, width: int, tile_bytes: int) -> tu
         return groups - groups % n_threads if groups > n_threads else groups, n, m
     # The side s of a square tile solves s * s + 4 * s * width = budget.
     side = int((4 * width**2 + budget) ** 0.5) - 2 * width
-    tokens = min(n, max(side, MIN_TILE_SIDE))
+    tokens = max(_even(n, max(side, MIN_TILE_SIDE)), min(n, MIN_TILE_SIDE))
     classes = min(m, max(_fill(budget, tokens, width), MIN_TILE_SIDE))
     if classes == m:
         tokens = min(n, max(_fill(budget, m, width), MIN_TILE_SIDE))
     return 1, tokens, classes
+
+
+def _even(whole: int, longest: int) -> int:
+    """Return the length of the fewest pieces of at most `longest`, all about equally long."""
+    return -(-whole // -(-whole // min(whole, longest)))
 
 
 def _fill(budget: int, side: int, width: int) -> int:
