@@ -6,7 +6,11 @@
 
 10 million backbone parameters (D=320, 8 layers), 50,257 tokens tied to the input, 1,024 tokens a
 step. Each training runs in a fresh process and adds one line to results/language_model.jsonl;
-lines that are there already are not run again. `--table` only prints what is there.
+lines that are there already are not run again. `--table` only prints what is there. Speed and
+memory want a machine that does nothing else, and few steps:
+
+    python recipes/benchmarks/language_model.py ... --steps 20 --validation_blocks 16 \
+        --results language_model_speed.jsonl
 """
 
 import argparse
@@ -33,7 +37,7 @@ from hf_rece.training.pretrain import (
 )
 from hf_rece.training.trainer import LargeVocabTrainer
 
-RESULTS = Path(__file__).parent / "results" / "language_model.jsonl"
+RESULTS = Path(__file__).parent / "results"
 LOSSES = {
     "dense": None,
     "cross_entropy": {"loss_type": "cross_entropy"},
@@ -117,8 +121,8 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
     }
 
 
-def show() -> None:
-    runs = pl.read_ndjson(RESULTS, infer_schema_length=None)
+def show(results: Path) -> None:
+    runs = pl.read_ndjson(results, infer_schema_length=None)
     exact = runs.filter(pl.col("loss") == "cross_entropy")["perplexity_after"].mean()
     table = Table(title="Llama from scratch, exact validation perplexity")
     for name in ("loss", "seed", "steps", "perplexity", "of exact", "accuracy", "tokens/s", "MiB"):
@@ -146,12 +150,14 @@ def main() -> None:
     parser.add_argument("--save_model", help="folder for the trained model of a single run")
     parser.add_argument("--one", action="store_true", help="train in this process and print JSON")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--results", default="language_model.jsonl", help="file in results/")
     args = parser.parse_args()
+    results = RESULTS / args.results
     if args.one:
         print(json.dumps(train(args, args.losses[0], args.seeds[0])))
         return
     done = (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
     keys = {(run["loss"], run["seed"], run["steps"]) for run in done}
     for seed in args.seeds if not args.table else []:
@@ -166,10 +172,10 @@ def main() -> None:
             if args.save_model:
                 command += ["--save_model", args.save_model]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            with RESULTS.open("a") as file:
+            with results.open("a") as file:
                 file.write(line.splitlines()[-1] + "\n")
             print(line.splitlines()[-1], flush=True)
-    show()
+    show(results)
 
 
 if __name__ == "__main__":
