@@ -123,15 +123,16 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
 
 def show(results: Path) -> None:
     runs = pl.read_ndjson(results, infer_schema_length=None)
-    exact = runs.filter(pl.col("loss") == "cross_entropy")["perplexity_after"].mean()
+    runs = runs.with_columns(perplexity=pl.col("loss_after").exp())
+    exact = runs.filter(pl.col("loss") == "cross_entropy")["perplexity"].mean()
     table = Table(title="Llama from scratch, exact validation perplexity")
     for name in ("loss", "seed", "steps", "perplexity", "of exact", "accuracy", "tokens/s", "MiB"):
         table.add_column(name, justify="left" if name == "loss" else "right")
-    for row in runs.sort("perplexity_after").iter_rows(named=True):
+    for row in runs.sort("perplexity").iter_rows(named=True):
         accuracy = row.get("mean_token_accuracy_after")
         table.add_row(
-            row["loss"], str(row["seed"]), str(row["steps"]), f"{row['perplexity_after']:.1f}",
-            f"{row['perplexity_after'] / exact:.3f}" if exact else "",
+            row["loss"], str(row["seed"]), str(row["steps"]), f"{row['perplexity']:.1f}",
+            f"{row['perplexity'] / exact:.3f}" if exact else "",
             "" if accuracy is None else f"{accuracy:.4f}",
             f"{row['tokens_per_second']:.0f}", f"{row['peak_mib']:.0f}",
         )  # fmt: skip
