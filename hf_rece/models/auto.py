@@ -7,11 +7,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.sparse_checkpoint import register_sparse_checkpoints
 
 
 def register_auto_classes() -> None:
-    """Register with AutoConfig, AutoModel and AutoTokenizer; doing so again changes nothing."""
+    """Register models, tokenizer and sparse checkpoints; doing so again changes nothing."""
     for config, model in ((SASRecConfig, SASRecModel), (RecommenderConfig, RecommenderModel)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
     AutoTokenizer.register(RecommenderConfig, slow_tokenizer_class=ItemTokenizer, exist_ok=True)
+    register_sparse_checkpoints(RecommenderConfig.model_type)

@@ -27,6 +27,7 @@ from hf_rece.models.recommendation import (
     named_recommendations,
 )
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.sparse_checkpoint import SparseCheckpoints
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
@@ -106,7 +107,7 @@ class RecommenderOutput(ModelOutput):
     losses: Tensor | None = None
 
 
-class RecommenderModel(PreTrainedModel):
+class RecommenderModel(SparseCheckpoints):
     """Next-item recommender: a decoder whose tokens are items, trained without logits.
 
     Labels are aligned: labels[t] is the item after input_ids[t]; nothing is shifted.
