@@ -41,10 +41,12 @@ from hf_rece.version import __version__
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
+    from hf_rece.training.sparsity import DynamicSparsityCallback
     from hf_rece.training.trainer import LargeVocabTrainer, RecommenderTrainer
 
 # Training loads accelerate and much else: only those who train pay for it.
 _LAZY = {
+    "DynamicSparsityCallback": "hf_rece.training.sparsity",
     "LargeVocabSFTConfig": "hf_rece.training.sft",
     "LargeVocabSFTTrainer": "hf_rece.training.sft",
     "LargeVocabTrainer": "hf_rece.training.trainer",
@@ -58,6 +60,7 @@ __all__ = [
     "BCEConfig",
     "CrossEntropyConfig",
     "DataError",
+    "DynamicSparsityCallback",
     "GBCEConfig",
     "HfReceError",
     "ItemTokenizer",

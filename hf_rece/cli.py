@@ -29,6 +29,7 @@ from hf_rece.training.run import (
     show_recommendations,
     train_recommender,
 )
+from hf_rece.training.sparsity import SparsityArguments
 from hf_rece.training.trainer import RecommenderTrainer
 
 USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
@@ -113,8 +114,9 @@ class EvaluateArguments:
 
 def train(words: Sequence[str] | None = None) -> None:
     """Train a recommender; print its test metrics beside a baseline's, and some recommendations."""
-    data, model, training = parse((DataArguments, ModelArguments, TrainDefaults), words, "train")
-    run = train_recommender(data, model, training)
+    types = (DataArguments, ModelArguments, TrainDefaults, SparsityArguments)
+    data, model, training, sparsity = parse(types, words, "train")
+    run = train_recommender(data, model, training, sparsity)
     show_metrics({"most popular": run.baseline, str(run.model.config.loss_type): run.metrics})
     show_recommendations(run)
     Console().print(f"Model saved in {training.output_dir}")

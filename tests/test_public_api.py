@@ -11,7 +11,7 @@ CONTRACT = {
     *("SampledSoftmaxConfig", "BCEConfig", "GBCEConfig", "build_loss", "SASRecConfig"),
     *("SASRecModel", "RecommenderConfig", "RecommenderModel", "ItemTokenizer", "load_interactions"),
     *("leave_one_out_split", "temporal_split", "LargeVocabTrainer", "LargeVocabTrainingArguments"),
-    *("RecommenderTrainer", "RecommenderTrainingArguments"),
+    *("RecommenderTrainer", "RecommenderTrainingArguments", "DynamicSparsityCallback"),
 }
 
 

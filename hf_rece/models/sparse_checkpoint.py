@@ -23,7 +23,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Return the bits of a boolean mask, eight in a byte.
 
     Args:
-        mask: bool of any shape; its element i, in row-major order, becomes bit i % 8 of byte i // 8.
+        mask: bool of any shape; element i, in row-major order, becomes bit i % 8 of byte i // 8.
 
     Returns:
         (ceil(mask.numel() / 8),) uint8; the bits left over are 0.
@@ -192,15 +192,15 @@ class _Unpack(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        *,
-        full_layer_name: str = "",
-        model: Any = None,
+        source_patterns: list[str],
+        target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> dict[str, list[Tensor]]:
         (values,), (bitmask,) = input_dict[VALUES], input_dict[BITMASK]
-        shape = model.get_parameter(full_layer_name).shape
-        weight, model.weight_masks[full_layer_name] = unpack_weight(values, bitmask, shape)
-        return {full_layer_name: weight}
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        weight, mask = unpack_weight(values, bitmask, model.get_parameter(name).shape)
+        model.weight_masks[name] = mask
+        return {name: [weight]}
 
 
 class _SparseWeights(WeightConverter):

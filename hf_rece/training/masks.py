@@ -14,14 +14,12 @@ SMALLEST_SHARE = 0.1
 
 def random_mask(shape: torch.Size, n_active: int, generator: torch.Generator) -> Tensor:
     """Return a mask of `shape` with exactly n_active entries set, drawn uniformly on the CPU."""
-    scores = torch.rand(shape.numel(), generator=generator)
-    return _mask_of(scores.topk(n_active, sorted=False).indices, shape)
+    return _largest({"": torch.rand(shape, generator=generator)}, n_active)[""]
 
 
-def magnitude_mask(weight: Tensor, n_active: int) -> Tensor:
-    """Return the mask, of the shape of `weight`, of its n_active largest magnitudes."""
-    scores = weight.detach().abs().flatten()
-    return _mask_of(scores.topk(n_active, sorted=False).indices, weight.shape)
+def magnitude_masks(weights: Mapping[str, Tensor], n_active: int) -> dict[str, Tensor]:
+    """Return, by name, the masks of the n_active largest magnitudes of all weights together."""
+    return _largest({name: weight.detach().abs() for name, weight in weights.items()}, n_active)
 
 
 @torch.no_grad()
@@ -46,42 +44,35 @@ def move_weights(
         floors: active weights that each tensor keeps at least; its largest ones.
 
     Returns:
-        By name, the flat indices of the weights that were dropped or grown.
+        By name, bool of the shape of the weight, which weights were dropped or grown.
     """
     n_active = sum(int(mask.sum()) for mask in masks.values())
     n_weights = sum(mask.numel() for mask in masks.values())
     n_kept = sum(floors[name] for name in weights)
-    n_moved = min(round(ratio * n_active), n_active - n_kept, n_weights - n_active)
-    if n_moved <= 0:
-        return {name: torch.empty(0, dtype=torch.long) for name in weights}
+    n_moved = max(min(round(ratio * n_active), n_active - n_kept, n_weights - n_active), 0)
     small: dict[str, Tensor] = {}
     steep: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        mask = masks[name].flatten()
-        magnitude = weight.flatten().abs().float()
-        kept = magnitude.masked_fill(~mask, -1.0).topk(floors[name], sorted=False).indices
-        small[name] = -magnitude.masked_fill_(~mask, torch.inf)
-        small[name][kept] = -torch.inf
-        steep[name] = gradients[name].flatten().abs().masked_fill_(mask, -torch.inf)
+        mask = masks[name]
+        magnitude = weight.abs().float()
+        kept = _largest({name: magnitude.masked_fill(~mask, -torch.inf)}, floors[name])[name]
+        small[name] = -magnitude.masked_fill_(~mask | kept, torch.inf)
+        steep[name] = gradients[name].abs().masked_fill_(mask, -torch.inf)
     dropped, grown = _largest(small, n_moved), _largest(steep, n_moved)
-    moved: dict[str, Tensor] = {}
+    moved = {name: dropped[name] | grown[name] for name in weights}
     for name, weight in weights.items():
-        moved[name] = torch.cat([dropped[name], grown[name]])
-        masks[name].view(-1)[dropped[name]] = False
-        masks[name].view(-1)[grown[name]] = True
-        weight.view(-1)[moved[name]] = 0
+        masks[name].logical_xor_(moved[name])
+        weight.masked_fill_(moved[name], 0)
     return moved
 
 
 def _largest(scores: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Return, by name, the flat indices of the n largest scores of all tensors together."""
-    joined = torch.cat(list(scores.values()))
-    chosen = _mask_of(joined.topk(n, sorted=False).indices, joined.shape)
-    parts = chosen.split([len(score) for score in scores.values()])
-    return {name: part.nonzero()[:, 0] for name, part in zip(scores, parts, strict=True)}
-
-
-def _mask_of(indices: Tensor, shape: torch.Size) -> Tensor:
-    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=indices.device)
-    mask[indices] = True
-    return mask.view(shape)
+    """Return, by name, masks of exactly n entries: the largest scores of all tensors together."""
+    joined = torch.cat([score.flatten() for score in scores.values()])
+    chosen = torch.zeros(joined.shape, dtype=torch.bool, device=joined.device)
+    chosen[joined.topk(n, sorted=False).indices] = True
+    parts = chosen.split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape)
+        for (name, score), part in zip(scores.items(), parts, strict=True)
+    }

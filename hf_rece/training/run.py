@@ -21,6 +21,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.sparsity import SparsityArguments
 from hf_rece.training.trainer import RecommenderTrainer, most_popular_metrics
 
 Metrics = dict[str, float]
@@ -116,15 +117,25 @@ def prepare_log(
 
 
 def train_recommender(
-    data: DataArguments, model_arguments: ModelArguments, training: RecommenderTrainingArguments
+    data: DataArguments,
+    model_arguments: ModelArguments,
+    training: RecommenderTrainingArguments,
+    sparsity: SparsityArguments | None = None,
 ) -> TrainedRun:
     """Train, choose the best checkpoint, test, and save model, tokenizer and metrics in output_dir.
+
+    Args:
+        data: which log, and how to split it.
+        model_arguments: the backbone.
+        training: arguments of the trainer.
+        sparsity: dynamic sparse learning; None for none.
 
     Raises:
         ArgumentError: for arguments that do not fit together.
         DataError: for a log that cannot be used.
     """
     set_seed(training.seed)
+    callbacks = [] if sparsity is None else sparsity.callbacks()
     tokenizer, splits = prepare_log(data)
     config = RecommenderConfig(
         backbone=_backbone(model_arguments, training.max_length),
@@ -133,13 +144,14 @@ def train_recommender(
     )
     model = RecommenderModel(config)
     model.tokenizer = tokenizer
-    patient = training.load_best_model_at_end and training.metric_for_best_model is not None
+    if training.load_best_model_at_end and training.metric_for_best_model is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=5))
     trainer = RecommenderTrainer(
         model,
         training,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=5)] if patient else None,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test
