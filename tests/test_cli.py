@@ -36,6 +36,15 @@ def test_train_saves_model_tokenizer_and_metrics(trained):
     assert json.loads((folder / "model" / "config.json").read_text())["loss_type"] == "rece"
 
 
+def test_train_keeps_the_density_that_was_asked_for(tmp_path):
+    words = ["--density", "0.2", "--density_update_interval", "2", "--output_dir", str(tmp_path)]
+    cli.train([*QUICK, *words, "--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no",
+               "--load_best_model_at_end", "false"])  # fmt: skip
+    model = RecommenderModel.from_pretrained(tmp_path)
+    table = model.get_input_embeddings().weight
+    assert (table != 0).sum() == round(0.2 * table.numel())
+
+
 def test_evaluate_repeats_the_metrics_of_training(trained, capsys):
     folder, where = trained
     metrics = json.loads((folder / "model" / "metrics.json").read_text())["test"]

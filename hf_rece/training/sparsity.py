@@ -48,7 +48,8 @@ class DynamicSparsityCallback(TrainerCallback):
     train() of one trainer), if they fit the densities.
 
     It saves disk, not training memory or time: weights, gradients and moments stay dense, and masks
-    and summed gradients add 6 bytes a weight. Clipping sees the norm of the dense gradient. Weights
+    and summed gradients add 6 bytes a weight, in memory and in optimizer.pt of a checkpoint (none
+    with save_only_model). Clipping sees the norm of the dense gradient. Weights
     sharded over processes (FSDP, DeepSpeed) are refused; under DDP all processes decide alike.
 
     Args:

@@ -372,6 +372,16 @@ def test_resuming_gives_the_same_weights(kind, accumulation, knobs, tmp_path):
         assert torch.equal(one.ever_active[name], other.ever_active[name])
 
 
+def test_a_recommender_resumes_with_the_masks_of_its_weights_alone(data, tmp_path):
+    sparse = DynamicSparsityCallback(0.3)
+    settings = {"save_strategy": "steps", "save_steps": 4, "save_only_model": True}
+    make_trainer(data, tmp_path, sparse, max_steps=4, **settings).train()
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    again = DynamicSparsityCallback(0.3)
+    make_trainer(data, tmp_path, again, seed=5).train(resume_from_checkpoint=True)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in sparse.masks.items())
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_best_model_comes_back_with_its_masks(kind, tmp_path):
     sparse = DynamicSparsityCallback(0.3, update_interval=1)
