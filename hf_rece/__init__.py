@@ -34,7 +34,8 @@ from hf_rece.losses import (
     stratified_loss,
 )
 from hf_rece.models.auto import register_auto_classes
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.version import __version__
 

@@ -18,7 +18,8 @@ from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.errors import ArgumentError
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.training.args import RecommenderTrainingArguments
 from hf_rece.training.trainer import RecommenderTrainer, most_popular_metrics

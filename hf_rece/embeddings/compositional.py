@@ -1,0 +1,253 @@
+"""Compositional embeddings: a row for each digit of an id, combined into the row of the id."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hf_rece.embeddings.digits import check_codes, mixed_radix_digits, narrow, quotient_remainder
+from hf_rece.errors import ArgumentError
+from hf_rece.ops.lookup import lookup
+from hf_rece.ops.rows import SeparableRows, add_rows
+
+Operation = Literal["mult", "add", "concat"]
+
+
+class CompositionalEmbedding(nn.Module):
+    """A table of C rows of width D, composed of k small factors; both input lookup and output rows.
+
+        row(id) = F_1[d_1(id)] op F_2[d_2(id)] op ... op F_k[d_k(id)]
+
+    The digits d_1 ... d_k of an id are unlike those of every other id (complementary partitions).
+    By default they are those of the id itself in mixed radices; with k = 2, quotient and remainder.
+    Ids without a meaning make a poor tied output, because ids with a common digit are scored alike:
+    pass codes that mean something, such as hf_rece.embeddings.codes makes from a log.
+
+    Args:
+        num_embeddings: C.
+        embedding_dim: D.
+        operation: "mult" and "add" combine factors of width D elementwise, "concat" puts factors of
+            width D / k side by side.
+        radices: number of values of each digit, most significant first; their product is at least
+            C. The factors have sum(radices) rows.
+        compression: in place of radices, how many times fewer parameters than the C x D of a dense
+            table: quotient and remainder, or as many equal digits as codes has columns.
+        codes: (C, k) integers, the digits of each id; None for the id's own.
+        std: standard deviation of a composed row's elements at the start.
+
+    Raises:
+        ArgumentError: for an unknown operation, not exactly one of radices and compression, radices
+            that cannot number C ids, more digits than columns to concatenate, or codes that repeat
+            or exceed their radix.
+
+    Memory:
+        sum(radices) x D (x 1/k with "concat") parameters, and for given codes 1 to 4 bytes a digit.
+
+    Reference:
+        Shi, Mudigere, Naumov, Yang, 2019, arXiv 1909.02107. Differs by initialisation: the published
+        program draws factors from U(sqrt(1/C), 1), which makes all rows nearly parallel; here
+        composed rows have zero mean and the given standard deviation.
+
+    Example:
+        >>> table = CompositionalEmbedding(1000, 8, compression=10, operation="add")
+        >>> table(torch.tensor([[3, 999]])).shape
+        torch.Size([1, 2, 8])
+    """
+
+    codes: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        operation: Operation = "mult",
+        radices: Sequence[int] | None = None,
+        compression: float | None = None,
+        codes: Tensor | None = None,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if operation not in get_args(Operation):
+            raise ArgumentError(
+                "operation", operation, "no such operation", "Pass mult, add or concat"
+            )
+        n_codes = None if codes is None else _n_columns(codes, num_embeddings)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.operation: Operation = operation
+        self.radices = resolve_radices(
+            num_embeddings, embedding_dim, operation, radices, compression, n_codes
+        )
+        if codes is not None:
+            check_codes(codes, self.radices)
+            codes = narrow(codes, self.radices)
+        self.register_buffer("codes", codes)
+        self.factors = nn.ParameterList(
+            torch.empty(radix, columns.stop - columns.start)
+            for radix, columns in zip(self.radices, self.columns, strict=True)
+        )
+        self.reset_parameters(std)
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the factors anew, so that composed rows have standard deviation `std`."""
+        for factor in self.factors:
+            nn.init.normal_(factor, std=self.factor_std(std))
+
+    def factor_std(self, std: float) -> float:
+        """Return the standard deviation of the factors that gives composed rows `std`."""
+        k = len(self.radices)
+        return {"mult": std ** (1 / k), "add": std / math.sqrt(k), "concat": std}[self.operation]
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Replace the codes of a table that was made with codes, before training.
+
+        Raises:
+            ArgumentError: if the table has none, or the codes repeat or do not fit.
+        """
+        if self.codes is None:
+            raise ArgumentError(
+                "codes", "a tensor", "this table computes its codes", "Make the table with codes"
+            )
+        _n_columns(codes, self.num_embeddings)
+        check_codes(codes, self.radices)
+        self.codes.copy_(codes)
+
+    @property
+    def columns(self) -> list[slice]:
+        """The columns of a row that each factor fills: all of them, but with "concat"."""
+        if self.operation != "concat":
+            return [slice(0, self.embedding_dim)] * len(self.radices)
+        k, width = len(self.radices), self.embedding_dim
+        bounds = [width * j // k for j in range(k + 1)]
+        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    @property
+    def n_rows(self) -> int:
+        """C, the number of classes."""
+        return self.num_embeddings
+
+    @property
+    def width(self) -> int:
+        """D, the width of a row."""
+        return self.embedding_dim
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the k factors."""
+        return tuple(self.factors)
+
+    def rows(self, ids: Tensor | slice) -> Tensor:
+        """Return composed rows (K, D)."""
+        parts = self._parts(ids)
+        if self.operation == "concat":
+            return torch.cat(parts, dim=1)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part if self.operation == "add" else total * part
+        return total
+
+    def add_grad(self, grads: tuple[Tensor | None, ...], ids: Tensor | slice, grad: Tensor) -> None:
+        """Add the gradient (K, D) of composed rows to the factors' buffers."""
+        digits = self._digits(ids)
+        parts = self._parts(ids) if self.operation == "mult" else []
+        for j, (buffer, columns) in enumerate(zip(grads, self.columns, strict=True)):
+            if buffer is None:
+                continue
+            own = grad[:, columns]
+            for other in parts[:j] + parts[j + 1 :]:
+                own = own * other
+            add_rows(buffer, digits[j], own)
+
+    def separable(self) -> SeparableRows | None:
+        """Return the rows as independent parts; None where a logit is no sum over all digits."""
+        if self.operation == "mult" or self.codes is not None:
+            return None
+        return SeparableRows(self.tensors(), self.columns, self.num_embeddings)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return rows (..., D) for ids (...) int64."""
+        return lookup(self, input_ids)
+
+    def extra_repr(self) -> str:
+        """Say what is composed of what."""
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, operation={self.operation!r}, "
+            f"radices={self.radices}, codes={'own' if self.codes is None else 'given'}"
+        )
+
+    def _parts(self, ids: Tensor | slice) -> list[Tensor]:
+        digits = self._digits(ids)
+        return [f.index_select(0, d) for f, d in zip(self.factors, digits, strict=True)]
+
+    def _digits(self, ids: Tensor | slice) -> list[Tensor]:
+        if self.codes is not None:
+            return list(self.codes[ids].long().unbind(1))
+        if isinstance(ids, slice):
+            ids = torch.arange(ids.start, ids.stop, device=self.factors[0].device)
+        return mixed_radix_digits(ids, self.radices)
+
+
+def resolve_radices(
+    n_rows: int,
+    width: int,
+    operation: Operation,
+    radices: Sequence[int] | None,
+    compression: float | None,
+    n_codes: int | None,
+) -> tuple[int, ...]:
+    """Return the number of values of each digit.
+
+    Args:
+        n_rows: C.
+        width: D.
+        operation: what combines the factors.
+        radices: as given, or None.
+        compression: as given, or None.
+        n_codes: columns of given codes, or None.
+
+    Raises:
+        ArgumentError: as CompositionalEmbedding.
+    """
+    if (radices is None) == (compression is None):
+        raise ArgumentError(
+            "compression", compression, f"radices is {radices}", "Pass exactly one of them"
+        )
+    if radices is None and compression is not None:
+        # "concat" has factors of 1 / k of the width.
+        share = (n_codes or 2) if operation == "concat" else 1
+        budget = int(n_rows * share / compression) if compression >= 1 else 0
+        radices = [budget // n_codes] * n_codes if n_codes else quotient_remainder(n_rows, budget)
+    radices = tuple(int(radix) for radix in radices or ())
+    if len(radices) < 2 or min(radices) < 1 or math.prod(radices) < n_rows:
+        asked = {"compression": compression} if compression is not None else {"radices": radices}
+        name, value = next(iter(asked.items()))
+        raise ArgumentError(
+            name,
+            value,
+            f"digits with {list(radices)} values cannot number {n_rows} ids",
+            "Pass two or more radices whose product is at least that, or less compression",
+        )
+    if n_codes is not None and n_codes != len(radices):
+        raise ArgumentError(
+            "codes", n_codes, f"there are {len(radices)} radices", "Pass a column for each radix"
+        )
+    if operation == "concat" and len(radices) > width:
+        raise ArgumentError(
+            "radices", radices, f"rows have {width} columns to share", "Pass fewer digits"
+        )
+    return radices
+
+
+def _n_columns(codes: Tensor, n_rows: int) -> int:
+    if codes.dim() != 2 or len(codes) != n_rows or codes.is_floating_point():
+        raise ArgumentError(
+            "codes",
+            (tuple(codes.shape), codes.dtype),
+            f"there are {n_rows} ids",
+            f"Pass integers of shape ({n_rows}, digits)",
+        )
+    return codes.shape[1]
