@@ -9,6 +9,8 @@ from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
+from hf_rece.embeddings.compositional import CompositionalEmbedding
+from hf_rece.embeddings.lma import LMAEmbedding
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.head import (
     LargeVocabHead,
@@ -57,11 +59,13 @@ _LAZY = {
 __all__ = [
     "ArgumentError",
     "BCEConfig",
+    "CompositionalEmbedding",
     "CrossEntropyConfig",
     "DataError",
     "GBCEConfig",
     "HfReceError",
     "ItemTokenizer",
+    "LMAEmbedding",
     "LargeVocabHead",
     "LargeVocabSFTConfig",
     "LargeVocabSFTTrainer",

@@ -13,8 +13,8 @@ from hf_rece.ops.rows import DenseRows
 def as_rows(layer: nn.Module, hidden: Tensor) -> OutputTerms:
     """Return what `layer` computes of `hidden`, without computing it.
 
-    Covers nn.Linear, nn.Embedding as a tied output, TableHead, and PEFT's LoRA, DoRA, modules_to_save and
-    trainable tokens on them. Parameters without a gradient stay without one.
+    Covers nn.Linear, nn.Embedding as a tied output, TableHead, and PEFT's LoRA, DoRA,
+    modules_to_save and trainable tokens on them. Parameters without a gradient stay without one.
 
     Args:
         layer: output layer of C classes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from hf_rece.data.splits import HISTORY
 from hf_rece.embeddings.digits import check_codes, code_numbers
 from hf_rece.errors import ArgumentError
+from hf_rece.ops.rows import mixed_radix_digits
 
 Quantiser = Literal["quantile", "kmeans"]
 
@@ -49,9 +51,7 @@ def codes_from_log(
         Petrov and Macdonald, 2024 (RecJPQ), arXiv 2312.06165, for SVD and quantiles.
     """
     if quantiser not in get_args(Quantiser):
-        raise ArgumentError(
-            "quantiser", quantiser, "no such quantiser", "Pass quantile or kmeans"
-        )
+        raise ArgumentError("quantiser", quantiser, "no such quantiser", "Pass quantile or kmeans")
     per_digit = 1 if quantiser == "quantile" else _COLUMNS_A_CLUSTERING
     vectors = item_vectors(train, n_rows, len(radices) * per_digit, seed=seed)
     if quantiser == "quantile":
@@ -73,7 +73,7 @@ def item_vectors(
     that do not occur get noise.
 
     Raises:
-        ArgumentError: if the log has fewer users or items than components.
+        ArgumentError: if the log has fewer users or items than components, or more items than rows.
     """
     from scipy.sparse import csr_matrix  # heavy, and only codes from a log need it
     from sklearn.decomposition import TruncatedSVD
@@ -88,6 +88,13 @@ def item_vectors(
             "Pass fewer radices, or a larger log",
         )
     ids = np.concatenate(list(histories))
+    if ids.max() >= n_rows:
+        raise ArgumentError(
+            "train",
+            int(ids.max()),
+            f"largest item id, but there are {n_rows} rows",
+            "Pass the log of the table's own tokenizer",
+        )
     users = np.repeat(np.arange(len(lengths)), lengths)
     values = np.repeat(1 / np.sqrt(lengths), lengths).astype(np.float32)
     matrix = csr_matrix((values, (users, ids)), shape=(len(lengths), n_rows))
@@ -99,34 +106,44 @@ def item_vectors(
 
 
 def distinct_codes(codes: Tensor, radices: Sequence[int], *, seed: int = 0) -> Tensor:
-    """Return codes (C, k) in which every code but the first of equal ones got another last digit.
+    """Return codes (C, k) in which all but the first of equal ones are changed, so that none is.
 
-    Where no value of the last digit is free, the other digits of that id are drawn anew.
+    The last digit is drawn anew; where its values are all taken, all digits are.
 
     Raises:
         ArgumentError: if the radices cannot number C ids, or a digit is out of range.
     """
-    if np.prod(np.array(radices, dtype=float)) < len(codes):
+    n_codes = math.prod(radices)
+    if n_codes < len(codes):
         raise ArgumentError(
             "radices", list(radices), f"they cannot number {len(codes)} ids", "Pass larger ones"
         )
     codes = codes.long().clone()
     generator = torch.Generator().manual_seed(seed)
-    for attempt in range(64):
-        number = code_numbers(codes, radices)
-        order = number.argsort(stable=True)
-        repeated = torch.zeros(len(codes), dtype=torch.bool)
-        repeated[order[1:]] = number[order[1:]] == number[order[:-1]]
-        rows = repeated.nonzero()[:, 0]
-        if len(rows) == 0:
-            break
-        # The last digit alone first; later any digit: some prefix may have no room left.
-        first = len(radices) - 1 if attempt < 16 else 0
-        for column in range(first, len(radices)):
-            drawn = torch.randint(radices[column], (len(rows),), generator=generator)
-            codes[rows, column] = drawn
+    for _ in range(_DRAWS):
+        rows = _repeated(codes, radices)
+        codes[rows, -1] = torch.randint(radices[-1], (len(rows),), generator=generator)
+    rows = _repeated(codes, radices)
+    if n_codes <= _FEW_CODES * len(codes):
+        numbers = torch.arange(n_codes)
+        free = numbers[~torch.isin(numbers, code_numbers(codes, radices))]
+        drawn = free[torch.randperm(len(free), generator=generator)[: len(rows)]]
+        codes[rows] = torch.stack(mixed_radix_digits(drawn, radices), dim=1)
+    while len(rows := _repeated(codes, radices)):  # of many codes, most are free
+        for column, radix in enumerate(radices):
+            codes[rows, column] = torch.randint(radix, (len(rows),), generator=generator)
     check_codes(codes, radices)
     return codes
+
+
+_DRAWS, _FEW_CODES = 8, 16
+
+
+def _repeated(codes: Tensor, radices: Sequence[int]) -> Tensor:
+    """Return the ids whose code an earlier id has."""
+    number = code_numbers(codes, radices)
+    order = number.argsort(stable=True)
+    return order[1:][number[order[1:]] == number[order[:-1]]]
 
 
 def _quantile_codes(vectors: NDArray[np.float32], radices: Sequence[int]) -> NDArray[np.int64]:

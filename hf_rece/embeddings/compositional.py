@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hf_rece.embeddings.digits import check_codes, mixed_radix_digits, narrow, quotient_remainder
+from hf_rece.embeddings.digits import check_codes, narrow, quotient_remainder
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
-from hf_rece.ops.rows import SeparableRows, add_rows
+from hf_rece.ops.rows import SeparableRows, add_rows, mixed_radix_digits
 
 Operation = Literal["mult", "add", "concat"]
 
@@ -48,9 +49,9 @@ class CompositionalEmbedding(nn.Module):
         sum(radices) x D (x 1/k with "concat") parameters, and for given codes 1 to 4 bytes a digit.
 
     Reference:
-        Shi, Mudigere, Naumov, Yang, 2019, arXiv 1909.02107. Differs by initialisation: the published
-        program draws factors from U(sqrt(1/C), 1), which makes all rows nearly parallel; here
-        composed rows have zero mean and the given standard deviation.
+        Shi, Mudigere, Naumov, Yang, 2019, arXiv 1909.02107. Differs by initialisation: the
+        published program draws factors from U(sqrt(1/C), 1), which makes all rows nearly parallel;
+        here composed rows have zero mean and the given standard deviation.
 
     Example:
         >>> table = CompositionalEmbedding(1000, 8, compression=10, operation="add")
@@ -100,7 +101,8 @@ class CompositionalEmbedding(nn.Module):
     def factor_std(self, std: float) -> float:
         """Return the standard deviation of the factors that gives composed rows `std`."""
         k = len(self.radices)
-        return {"mult": std ** (1 / k), "add": std / math.sqrt(k), "concat": std}[self.operation]
+        of_operation = {"mult": math.pow(std, 1 / k), "add": std / math.sqrt(k), "concat": std}
+        return of_operation[self.operation]
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
@@ -124,7 +126,7 @@ class CompositionalEmbedding(nn.Module):
             return [slice(0, self.embedding_dim)] * len(self.radices)
         k, width = len(self.radices), self.embedding_dim
         bounds = [width * j // k for j in range(k + 1)]
-        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     @property
     def n_rows(self) -> int:
@@ -216,6 +218,7 @@ def resolve_radices(
         raise ArgumentError(
             "compression", compression, f"radices is {radices}", "Pass exactly one of them"
         )
+    budget = None
     if radices is None and compression is not None:
         # "concat" has factors of 1 / k of the width.
         share = (n_codes or 2) if operation == "concat" else 1
@@ -223,12 +226,11 @@ def resolve_radices(
         radices = [budget // n_codes] * n_codes if n_codes else quotient_remainder(n_rows, budget)
     radices = tuple(int(radix) for radix in radices or ())
     if len(radices) < 2 or min(radices) < 1 or math.prod(radices) < n_rows:
-        asked = {"compression": compression} if compression is not None else {"radices": radices}
-        name, value = next(iter(asked.items()))
         raise ArgumentError(
-            name,
-            value,
-            f"digits with {list(radices)} values cannot number {n_rows} ids",
+            "radices" if budget is None else "compression",
+            radices if budget is None else compression,
+            f"{sum(radices) if budget is None else budget} rows of factors cannot number "
+            f"{n_rows} ids",
             "Pass two or more radices whose product is at least that, or less compression",
         )
     if n_codes is not None and n_codes != len(radices):

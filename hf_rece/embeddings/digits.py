@@ -11,21 +11,6 @@ from torch import Tensor
 from hf_rece.errors import ArgumentError
 
 
-def mixed_radix_digits(ids: Tensor, radices: Sequence[int]) -> list[Tensor]:
-    """Return the digits (K,) of ids (K,), most significant first.
-
-    Args:
-        ids: (K,) int64, below the product of the radices.
-        radices: number of values of each digit, most significant first.
-    """
-    digits = []
-    for radix in reversed(radices[1:]):
-        quotient = ids // radix
-        digits.append(ids - quotient * radix)
-        ids = quotient
-    return [ids, *reversed(digits)]
-
-
 def quotient_remainder(n_rows: int, budget: int) -> tuple[int, ...]:
     """Return the number of quotients and of remainders, together `budget` at most.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -15,10 +15,10 @@ from hf_rece.embeddings.compositional import (
     Operation,
     resolve_radices,
 )
-from hf_rece.embeddings.digits import mixed_radix_digits
 from hf_rece.embeddings.lma import LMAEmbedding, resolve_cells
 from hf_rece.embeddings.min_hash import min_hash_signatures, split_batches
 from hf_rece.errors import ArgumentError
+from hf_rece.ops.rows import mixed_radix_digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,11 @@ class CompositionalTable:
     codes: Literal["id", "given"] | Quantiser = "quantile"
     n_codes: int = 8
 
+    def __post_init__(self) -> None:
+        known = ("id", "given", *get_args(Quantiser))
+        if self.codes not in known:
+            raise ArgumentError("codes", self.codes, "no such codes", f"Pass {', '.join(known)}")
+
     def make(self, n_rows: int, width: int) -> CompositionalEmbedding:
         """Return the table; codes that come from elsewhere start as the digits of the id."""
         sizes: dict[str, Any] = {"radices": self.radices, "compression": self.compression}
@@ -54,9 +59,7 @@ class CompositionalTable:
             radices = resolve_radices(n_rows, width, self.operation, n_codes=n_codes, **sizes)
             codes = torch.stack(mixed_radix_digits(torch.arange(n_rows), radices), dim=1)
             sizes = {"radices": radices}
-        return CompositionalEmbedding(
-            n_rows, width, operation=self.operation, codes=codes, **sizes
-        )
+        return CompositionalEmbedding(n_rows, width, operation=self.operation, codes=codes, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +132,14 @@ def item_table_settings(item_embedding: dict[str, Any] | None) -> ItemTable:
     return ITEM_TABLES[name](**settings)
 
 
-def learn_item_table(table: nn.Module, settings: ItemTable, train: Dataset, *, seed: int = 0) -> None:
+def learn_item_table(
+    table: nn.Module, item_embedding: dict[str, Any] | None, train: Dataset, *, seed: int = 0
+) -> None:
     """Give a new table the codes or signatures of a training log, before training.
 
     Args:
-        table: made from `settings`.
-        settings: of the table.
+        table: made as `item_embedding` says.
+        item_embedding: the configuration's.
         train: the train part of a split: nothing of the held-out items is told.
         seed: of the codes.
 
@@ -147,6 +152,7 @@ def learn_item_table(table: nn.Module, settings: ItemTable, train: Dataset, *, s
                 split_batches(train), table.n_rows, n_keys=table.n_keys, seed=table.seed
             )
         )
+    settings = item_table_settings(item_embedding)
     if (
         isinstance(table, CompositionalEmbedding)
         and isinstance(settings, CompositionalTable)

@@ -169,9 +169,7 @@ class LMAEmbedding(nn.Module):
         )
 
 
-def resolve_cells(
-    n_rows: int, width: int, n_cells: int | None, compression: float | None
-) -> int:
+def resolve_cells(n_rows: int, width: int, n_cells: int | None, compression: float | None) -> int:
     """Return the floats of memory.
 
     Raises:
@@ -216,5 +214,5 @@ def _check_signatures(signatures: Tensor, n_rows: int, n_keys: int | None = None
             "signatures",
             (tuple(signatures.shape), signatures.dtype),
             f"there are {n_rows} ids and keys of {KEY_BITS} bits",
-            f"Pass int16 of shape ({n_rows}, {n_keys or 'n_keys'}) from hf_rece.embeddings.min_hash",
+            f"Pass int16 of shape ({n_rows}, {n_keys or 'n_keys'}) from min_hash_signatures",
         )

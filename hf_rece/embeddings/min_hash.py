@@ -163,7 +163,8 @@ def _hashed(users: pl.Series) -> NDArray[np.uint64]:
         )
     if users.dtype.is_integer():
         return mix(users.cast(pl.Int64).to_numpy().view(np.uint64))
-    return hash_array(users.cast(pl.String).to_numpy().astype(object))
+    hashed: NDArray[np.uint64] = hash_array(users.cast(pl.String).to_numpy().astype(object))
+    return hashed
 
 
 def _set_apart(keys: NDArray[np.int16], own: NDArray[np.int16]) -> NDArray[np.int16]:

@@ -24,7 +24,7 @@ class TableHead(nn.Module):
         super().__init__()
         self.own_table = None if tied else table
         # In a tuple, it is no submodule: saved, loaded and moved once, by its owner.
-        self.tied_table = (table,) if tied else ()
+        self.tied_table: tuple[nn.Module, ...] = (table,) if tied else ()
         self.bias = nn.Parameter(torch.zeros(self.rows.n_rows)) if bias else None
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -18,7 +19,9 @@ from transformers.utils.hub import cached_file
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.embeddings.compositional import CompositionalEmbedding
+from hf_rece.embeddings.item_table import learn_item_table
 from hf_rece.embeddings.lma import LMAEmbedding
+from hf_rece.embeddings.table_head import TableHead
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
 from hf_rece.models.backbone import make_backbone
@@ -33,7 +36,6 @@ from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
 LOGIT_SHAPING = ("logit_scale", "logit_softcap")
-
 
 
 @dataclass
@@ -114,6 +116,23 @@ class RecommenderModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             self.backbone._init_weights(module)
+
+    def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
+        """Give new compressed tables the codes or signatures of a training log, before training.
+
+        Does nothing for dense tables, and for those whose codes are the ids' own or given.
+
+        Args:
+            train: the train part of a split.
+            seed: of the codes.
+
+        Raises:
+            ArgumentError: if the log is too small for the codes, or has ids beyond the table.
+        """
+        learn_item_table(self.get_input_embeddings(), self.config.item_embedding, train, seed=seed)
+        if isinstance(self.item_head, TableHead) and self.item_head.own_table is not None:
+            table = self.item_head.own_table
+            learn_item_table(table, self.config.item_embedding, train, seed=seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's item embeddings."""

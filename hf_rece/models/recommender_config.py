@@ -30,8 +30,8 @@ class RecommenderConfig(PreTrainedConfig):
         loss_kwargs: its knobs.
 
     Raises:
-        ArgumentError: for an unknown loss, table, knob or setting, a reduction other than "mean", or
-            a backbone that is no decoder.
+        ArgumentError: for an unknown loss, knob, table or setting, a reduction other than "mean",
+            or a backbone that is no decoder.
     """
 
     model_type = "hf_rece_recommender"

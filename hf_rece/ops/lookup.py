@@ -46,7 +46,11 @@ class _Lookup(torch.autograd.Function):
         if buffers is None:
             return (None,) * (2 + len(tensors))
         ctx.rows.add_grad(buffers, ids, grad)
-        return None, None, *(
-            None if buffer is None else buffer.to(tensor.dtype)
-            for buffer, tensor in zip(buffers, tensors, strict=True)
+        return (
+            None,
+            None,
+            *(
+                None if buffer is None else buffer.to(tensor.dtype)
+                for buffer, tensor in zip(buffers, tensors, strict=True)
+            ),
         )

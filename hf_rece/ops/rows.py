@@ -97,6 +97,34 @@ class SeparableRows:
     columns: list[slice]
     n_rows: int
 
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """The number of values of each digit, most significant first."""
+        return tuple(len(factor) for factor in self.factors)
+
+
+@runtime_checkable
+class HasSeparableRows(Protocol):
+    """Output rows that may be sums of independent parts."""
+
+    def separable(self) -> SeparableRows | None:
+        """Return the parts; None where a logit is no sum over all digits of the id."""
+
+
+def mixed_radix_digits(ids: Tensor, radices: Sequence[int]) -> list[Tensor]:
+    """Return the digits (K,) of ids (K,), most significant first.
+
+    Args:
+        ids: (K,) int64, below the product of the radices.
+        radices: number of values of each digit, most significant first.
+    """
+    digits = []
+    for radix in reversed(radices[1:]):
+        quotient = ids // radix
+        digits.append(ids - quotient * radix)
+        ids = quotient
+    return [ids, *reversed(digits)]
+
 
 def add_rows(buffer: Tensor, ids: Tensor, grad: Tensor) -> None:
     """Add grad (K, D) to the rows `ids` (K,) of buffer (C, D), in place; an id may repeat."""

@@ -29,7 +29,6 @@ from transformers import TrainerCallback, set_seed
 from hf_rece.data.interactions import load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split
-from hf_rece.embeddings.item_table import item_table_settings, learn_item_table
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
@@ -79,9 +78,7 @@ def train(
         backbone=backbone, vocab_size=len(tokenizer), item_embedding=item_embedding
     )
     model = RecommenderModel(config)
-    learn_item_table(
-        model.get_input_embeddings(), item_table_settings(item_embedding), splits["train"]
-    )
+    model.learn_item_tables(splits["train"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = RecommenderTrainingArguments(
             output_dir=folder,
