@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,6 @@ from hf_rece.embeddings.min_hash import KEY_BITS, own_keys
 from hf_rece.embeddings.mixing import mixed
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
-from hf_rece.ops.rows import add_rows
 
 
 class LMAEmbedding(nn.Module):
@@ -131,19 +131,16 @@ class LMAEmbedding(nn.Module):
     def cells(self, ids: Tensor | slice) -> Tensor:
         """Return the addresses (K, D) int64 in memory of rows `ids`."""
         shape = (self.n_keys, self.n_hashes, self.embedding_dim, self.seed)
-        columns, factors, offsets = _hash_functions(*shape, self.memory.device)
-        if self.signatures is None:
-            keys = ids
-            if isinstance(keys, slice):
-                keys = torch.arange(keys.start, keys.stop, device=self.memory.device)
-            total = keys.unsqueeze(1) * factors[0]
-            total += offsets
+        choices, factors, offsets = _hash_functions(*shape, self.memory.device)
+        if self.signatures is not None:
+            # Whole numbers below 2^53: exact in float64, whose products are the fastest sums.
+            numbers = (self.signatures[ids].double() @ choices).long()
+        elif isinstance(ids, slice):
+            numbers = torch.arange(ids.start, ids.stop, device=self.memory.device).unsqueeze(1)
         else:
-            keys = self.signatures[ids].long()
-            total = offsets.expand(len(keys), -1)
-            for of_dimension, factor in zip(columns, factors, strict=True):
-                total = torch.addcmul(total, keys.index_select(1, of_dimension), factor)
+            numbers = ids.unsqueeze(1)
         # The high bits of such a sum are 2-universal; their share of 2^31 is that of the memory.
+        total = torch.addcmul(offsets, numbers, factors)
         return total.bitwise_right_shift_(33).bitwise_and_(2**31 - 1).mul_(self.n_cells) >> 31
 
     def rows(self, ids: Tensor | slice) -> Tensor:
@@ -155,7 +152,7 @@ class LMAEmbedding(nn.Module):
         """Add the gradient (K, D) of rows `ids` to the memory's buffer, by one scatter-add."""
         (buffer,) = grads
         if buffer is not None:
-            add_rows(buffer, self.cells(ids).view(-1), grad.reshape(-1))
+            buffer.scatter_add_(0, self.cells(ids).view(-1), grad.reshape(-1).to(buffer.dtype))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return rows (..., D) for ids (...) int64."""
@@ -192,19 +189,20 @@ def resolve_cells(n_rows: int, width: int, n_cells: int | None, compression: flo
 @lru_cache(maxsize=32)
 def _hash_functions(
     n_keys: int, n_hashes: int, width: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the key numbers (n_hashes, D), factors (n_hashes, D) and offsets (D,) of each place.
+) -> tuple[Tensor, ...]:
+    """Return choices (n_keys, D) float64, factors (D,) and offsets (D,) int64 of the D places.
 
-    Not buffers: they follow from the seed, on whatever device a loaded model comes to lie.
+    A place's number is the sum of its n_hashes keys, each times a choice of 34 bits; its address
+    comes of the number times the factor plus the offset. Not buffers: they follow from the seed, on
+    whatever device a loaded model comes to lie.
     """
-    columns = mixed(seed, "columns", max(n_keys, 1), width).argsort(0, kind="stable")[:n_hashes]
-    factors = mixed(seed, "factors", n_hashes, width) | 1  # odd: no key is multiplied away
-    offsets = mixed(seed, "offsets", 1, width)[0]
-    return (
-        torch.from_numpy(columns).to(device),
-        torch.from_numpy(factors.view("int64")).to(device),
-        torch.from_numpy(offsets.view("int64")).to(device),
-    )
+    rank = mixed(seed, "columns", n_keys, width).argsort(0, kind="stable").argsort(0)
+    weights = (mixed(seed, "choices", n_keys, width) >> np.uint64(30)) | np.uint64(1)
+    choices = np.where(rank < n_hashes, weights, 0).astype(np.float64)
+    # Odd: no number is multiplied away.
+    factors = (mixed(seed, "factors", width) | np.uint64(1)).view(np.int64)
+    offsets = mixed(seed, "offsets", width).view(np.int64)
+    return tuple(torch.from_numpy(a).to(device) for a in (choices, factors, offsets))
 
 
 def _check_signatures(signatures: Tensor, n_rows: int, n_keys: int | None = None) -> None:
