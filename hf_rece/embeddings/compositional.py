@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +23,8 @@ class CompositionalEmbedding(nn.Module):
 
         row(id) = F_1[d_1(id)] op F_2[d_2(id)] op ... op F_k[d_k(id)]
 
+    The k factors F lie one below the other in one parameter.
+
     The digits d_1 ... d_k of an id are unlike those of every other id (complementary partitions).
     By default they are those of the id itself in mixed radices; with k = 2, quotient and remainder.
     Ids without a meaning make a poor tied output, because ids with a common digit are scored alike:
@@ -32,7 +34,7 @@ class CompositionalEmbedding(nn.Module):
         num_embeddings: C.
         embedding_dim: D.
         operation: "mult" and "add" combine factors of width D elementwise, "concat" puts factors of
-            width D / k side by side.
+            width D / k side by side; k divides D.
         radices: number of values of each digit, most significant first; their product is at least
             C. The factors have sum(radices) rows.
         compression: in place of radices, how many times fewer parameters than the C x D of a dense
@@ -42,7 +44,7 @@ class CompositionalEmbedding(nn.Module):
 
     Raises:
         ArgumentError: for an unknown operation, not exactly one of radices and compression, radices
-            that cannot number C ids, more digits than columns to concatenate, or codes that repeat
+            that cannot number C ids, a width that "concat" cannot share out, or codes that repeat
             or exceed their radix.
 
     Memory:
@@ -87,16 +89,13 @@ class CompositionalEmbedding(nn.Module):
             check_codes(codes, self.radices)
             codes = narrow(codes, self.radices)
         self.register_buffer("codes", codes)
-        self.factors = nn.ParameterList(
-            torch.empty(radix, columns.stop - columns.start)
-            for radix, columns in zip(self.radices, self.columns, strict=True)
-        )
+        n_parts = len(self.radices) if operation == "concat" else 1
+        self.factors = nn.Parameter(torch.empty(sum(self.radices), embedding_dim // n_parts))
         self.reset_parameters(std)
 
     def reset_parameters(self, std: float) -> None:
         """Draw the factors anew, so that composed rows have standard deviation `std`."""
-        for factor in self.factors:
-            nn.init.normal_(factor, std=self.factor_std(std))
+        nn.init.normal_(self.factors, std=self.factor_std(std))
 
     def factor_std(self, std: float) -> float:
         """Return the standard deviation of the factors that gives composed rows `std`."""
@@ -120,15 +119,6 @@ class CompositionalEmbedding(nn.Module):
         self.codes.copy_(codes)
 
     @property
-    def columns(self) -> list[slice]:
-        """The columns of a row that each factor fills: all of them, but with "concat"."""
-        if self.operation != "concat":
-            return [slice(0, self.embedding_dim)] * len(self.radices)
-        k, width = len(self.radices), self.embedding_dim
-        bounds = [width * j // k for j in range(k + 1)]
-        return [slice(start, stop) for start, stop in pairwise(bounds)]
-
-    @property
     def n_rows(self) -> int:
         """C, the number of classes."""
         return self.num_embeddings
@@ -139,36 +129,43 @@ class CompositionalEmbedding(nn.Module):
         return self.embedding_dim
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the k factors."""
-        return tuple(self.factors)
+        """Return `(factors,)`."""
+        return (self.factors,)
 
     def rows(self, ids: Tensor | slice) -> Tensor:
         """Return composed rows (K, D)."""
-        parts = self._parts(ids)
-        if self.operation == "concat":
-            return torch.cat(parts, dim=1)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part if self.operation == "add" else total * part
-        return total
+        parts = self._parts(self._places(ids))
+        if self.operation == "mult":
+            return parts.prod(1)
+        return parts.sum(1) if self.operation == "add" else parts.flatten(1)
 
     def add_grad(self, grads: tuple[Tensor | None, ...], ids: Tensor | slice, grad: Tensor) -> None:
-        """Add the gradient (K, D) of composed rows to the factors' buffers."""
-        digits = self._digits(ids)
-        parts = self._parts(ids) if self.operation == "mult" else []
-        for j, (buffer, columns) in enumerate(zip(grads, self.columns, strict=True)):
-            if buffer is None:
-                continue
-            own = grad[:, columns]
-            for other in parts[:j] + parts[j + 1 :]:
-                own = own * other
-            add_rows(buffer, digits[j], own)
+        """Add the gradient (K, D) of composed rows to the factors' buffer."""
+        (buffer,) = grads
+        if buffer is None:
+            return
+        places = self._places(ids)
+        k = places.shape[1]
+        if self.operation == "concat":
+            of_parts = grad.reshape(len(places), k, -1)
+        elif self.operation == "add":
+            of_parts = grad.unsqueeze(1).expand(-1, k, -1)
+        else:
+            parts = self._parts(places).to(grad.dtype)
+            others = [torch.cat([parts[:, :j], parts[:, j + 1 :]], dim=1).prod(1) for j in range(k)]
+            of_parts = grad.unsqueeze(1) * torch.stack(others, dim=1)
+        add_rows(buffer, places.view(-1), of_parts.reshape(len(places) * k, -1))
 
     def separable(self) -> SeparableRows | None:
         """Return the rows as independent parts; None where a logit is no sum over all digits."""
         if self.operation == "mult" or self.codes is not None:
             return None
-        return SeparableRows(self.tensors(), self.columns, self.num_embeddings)
+        part = self.factors.shape[1]
+        n_parts = self.embedding_dim // part
+        columns = [
+            slice(j % n_parts * part, (j % n_parts + 1) * part) for j in range(len(self.radices))
+        ]
+        return SeparableRows(self.factors.split(self.radices), columns, self.num_embeddings)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return rows (..., D) for ids (...) int64."""
@@ -181,16 +178,20 @@ class CompositionalEmbedding(nn.Module):
             f"radices={self.radices}, codes={'own' if self.codes is None else 'given'}"
         )
 
-    def _parts(self, ids: Tensor | slice) -> list[Tensor]:
-        digits = self._digits(ids)
-        return [f.index_select(0, d) for f, d in zip(self.factors, digits, strict=True)]
+    def _parts(self, places: Tensor) -> Tensor:
+        """Return the factors' rows (K, k, D or D / k) that are combined."""
+        return self.factors.index_select(0, places.view(-1)).view(*places.shape, -1)
 
-    def _digits(self, ids: Tensor | slice) -> list[Tensor]:
+    def _places(self, ids: Tensor | slice) -> Tensor:
+        """Return, for each id, where its k rows lie among those of the factors: (K, k)."""
         if self.codes is not None:
-            return list(self.codes[ids].long().unbind(1))
-        if isinstance(ids, slice):
-            ids = torch.arange(ids.start, ids.stop, device=self.factors[0].device)
-        return mixed_radix_digits(ids, self.radices)
+            digits = self.codes[ids].long()
+        else:
+            if isinstance(ids, slice):
+                ids = torch.arange(ids.start, ids.stop, device=self.factors.device)
+            digits = torch.stack(mixed_radix_digits(ids, self.radices), dim=1)
+        firsts = [0, *accumulate(self.radices[:-1])]
+        return digits + torch.tensor(firsts, device=digits.device)
 
 
 def resolve_radices(
@@ -237,9 +238,12 @@ def resolve_radices(
         raise ArgumentError(
             "codes", n_codes, f"there are {len(radices)} radices", "Pass a column for each radix"
         )
-    if operation == "concat" and len(radices) > width:
+    if operation == "concat" and width % len(radices):
         raise ArgumentError(
-            "radices", radices, f"rows have {width} columns to share", "Pass fewer digits"
+            "radices",
+            radices,
+            f"{len(radices)} factors cannot share {width} columns equally",
+            "Pass a number of digits that divides the width",
         )
     return radices
 

@@ -10,7 +10,6 @@ from hf_rece.embeddings.mixing import mix
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import OutputRows
 
-
 FIXED = {
     0: [[655, 20, 273], [85, 423, 539], [224, 409, 741]],
     3: [[424, 452, 750], [537, 346, 882], [587, 667, 728]],

@@ -11,7 +11,7 @@ from hf_rece.losses import LOSSES, build_loss
 from hf_rece.ops.rows import mixed_radix_digits
 from hf_rece.ops.topk import label_rank, streamed_topk
 
-C, D = 300, 8
+C, D = 300, 9
 CODES = torch.stack(mixed_radix_digits(torch.randperm(343)[:C], (7, 7, 7)), dim=1)
 TABLES = {
     "mult": lambda: CompositionalEmbedding(C, D, compression=4, std=1.0),

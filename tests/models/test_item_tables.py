@@ -127,7 +127,7 @@ class LargestTensor(TorchDispatchMode):
     ids=["quotient and remainder", "codes", "lma"],
 )
 def test_the_whole_table_is_never_composed(loss_type, item_embedding):
-    n_classes, width = 100_000, 32
+    n_classes, width = 200_000, 32
     with LargestTensor() as largest:
         config = RecommenderConfig(
             backbone=SASRecConfig(hidden_size=width, num_hidden_layers=1),
