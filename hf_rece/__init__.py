@@ -9,6 +9,8 @@ from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
+from hf_rece.embeddings.compositional import CompositionalEmbedding
+from hf_rece.embeddings.lma import LMAEmbedding
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.head import (
     LargeVocabHead,
@@ -34,7 +36,8 @@ from hf_rece.losses import (
     stratified_loss,
 )
 from hf_rece.models.auto import register_auto_classes
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.version import __version__
 
@@ -58,12 +61,14 @@ _LAZY = {
 __all__ = [
     "ArgumentError",
     "BCEConfig",
+    "CompositionalEmbedding",
     "CrossEntropyConfig",
     "DataError",
     "DynamicSparsityCallback",
     "GBCEConfig",
     "HfReceError",
     "ItemTokenizer",
+    "LMAEmbedding",
     "LargeVocabHead",
     "LargeVocabSFTConfig",
     "LargeVocabSFTTrainer",

@@ -149,6 +149,26 @@ def test_any_decoder_trains_from_flags(backbone, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_compressed_table_trains_and_recommends_from_flags(tmp_path, capsys):
+    where = ["--output_dir", str(tmp_path), *QUICK]
+    table = {"type": "compositional", "compression": 2, "n_codes": 4}
+    cli.train([*where, "--item_embedding", json.dumps(table), "--max_steps", "2"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["item_embedding"] == table
+    model = RecommenderModel.from_pretrained(tmp_path)
+    item = model.tokenizer.items[0]
+    capsys.readouterr()
+    cli.recommend(["--model_name_or_path", str(tmp_path), "--history", item, "--k", "2"])
+    assert item in capsys.readouterr().out
+    # The codes are the log's, not those that the table starts with.
+    assert int(model.get_input_embeddings().codes[:3].long().sum(1).min()) > 2
+
+
+def test_an_unknown_table_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match=r"item_embedding=.*names no table"):
+        cli.train(["--item_embedding", '{"type": "tensor train"}', "--output_dir", str(tmp_path)])
+
+
 def test_an_unknown_backbone_is_named(tmp_path):
     with pytest.raises(ArgumentError, match="backbone='lama'"):
         cli.train(["--backbone", "lama", "--output_dir", str(tmp_path)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_rece.embeddings.output_terms import OutputTerms
+from hf_rece.embeddings.table_head import TableHead
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import DenseRows
 
@@ -12,8 +13,8 @@ from hf_rece.ops.rows import DenseRows
 def as_rows(layer: nn.Module, hidden: Tensor) -> OutputTerms:
     """Return what `layer` computes of `hidden`, without computing it.
 
-    Covers nn.Linear, nn.Embedding as a tied output, and PEFT's LoRA, DoRA, modules_to_save and
-    trainable tokens on them. Parameters without a gradient stay without one.
+    Covers nn.Linear, nn.Embedding as a tied output, TableHead, and PEFT's LoRA, DoRA,
+    modules_to_save and trainable tokens on them. Parameters without a gradient stay without one.
 
     Args:
         layer: output layer of C classes.
@@ -27,6 +28,8 @@ def as_rows(layer: nn.Module, hidden: Tensor) -> OutputTerms:
         from hf_rece.embeddings.peft_rows import peft_rows
 
         return peft_rows(layer, hidden, as_rows)
+    if isinstance(layer, TableHead):
+        return OutputTerms(hidden, layer.rows, layer.bias)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_floating_point():
         raise ArgumentError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from hf_rece.losses.options import CommonOptions, Options, prepare, softmax_loss
+from hf_rece.losses.separable import separable_losses
 from hf_rece.ops.plans.exhaustive import exhaustive_plan
 from hf_rece.ops.rows import OutputRows
 
@@ -40,6 +41,9 @@ def cross_entropy_loss(
         ArgumentError: for inputs that disagree in shape, labels out of range or excluded, NaN
             states.
 
+    Rows that are sums over the digits of their ids (CompositionalEmbedding with "add" or "concat")
+    are normalised digit by digit, where that is less work; see hf_rece.losses.separable.
+
     Memory:
         The gradients, O(N + C), and one tile.
 
@@ -50,6 +54,9 @@ def cross_entropy_loss(
         0.5514
     """
     problem = prepare(hidden, weight, labels, Options(**common))
+    losses = separable_losses(problem)
+    if losses is not None:
+        return problem.reduce(losses)
     plan = exhaustive_plan(
         problem.labels,
         problem.rows.n_rows,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.models.sparse_checkpoint import register_sparse_checkpoints
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rece.errors import ArgumentError
-from hf_rece.models.sasrec import SASRecConfig
+from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 
 
 def as_backbone(
@@ -46,3 +46,23 @@ def as_backbone(
     config.use_cache = False
     config.bos_token_id = config.eos_token_id = None
     return config
+
+
+def make_backbone(config: Any, *, own_table: bool) -> PreTrainedModel:
+    """Return a new backbone.
+
+    Args:
+        config: as as_backbone returns it.
+        own_table: with its input embeddings; otherwise with the fewest rows that it can be made of,
+            for a table that takes their place.
+    """
+    vocab_size = config.vocab_size
+    if not own_table:
+        config.vocab_size = (config.pad_token_id or 0) + 1
+    try:
+        if isinstance(config, SASRecConfig):
+            return SASRecModel(config)
+        model: PreTrainedModel = AutoModel.from_config(config)
+        return model
+    finally:
+        config.vocab_size = vocab_size

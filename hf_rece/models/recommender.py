@@ -9,79 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file
 
-from hf_rece.data.item_tokenizer import PAD_ID, Item, ItemTokenizer
+from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.compositional import CompositionalEmbedding
+from hf_rece.embeddings.item_table import learn_item_table
+from hf_rece.embeddings.lma import LMAEmbedding
+from hf_rece.embeddings.table_head import TableHead
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
-from hf_rece.models.backbone import as_backbone
+from hf_rece.models.backbone import make_backbone
+from hf_rece.models.item_tables import item_tables
 from hf_rece.models.recommendation import (
     Recommendation,
     known_histories,
     named_recommendations,
 )
-from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
 LOGIT_SHAPING = ("logit_scale", "logit_softcap")
-
-
-@strict
-class RecommenderConfig(PreTrainedConfig):
-    """Configuration of RecommenderModel.
-
-    Args:
-        backbone: configuration of any decoder that AutoModel knows, or its dictionary; copied,
-            with vocab_size and the special tokens overwritten. None for SASRec.
-        vocab_size: items and padding.
-        tie_word_embeddings: score items by their input embeddings; otherwise by rows of their own.
-        output_bias: add a learned bias for each item.
-        loss_type: name of the training loss, see hf_rece.losses.
-        loss_kwargs: its knobs.
-
-    Raises:
-        ArgumentError: for an unknown loss or knob, a reduction other than "mean", or a backbone
-            that is no decoder.
-    """
-
-    model_type = "hf_rece_recommender"
-    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012
-
-    backbone: dict[str, Any] | PreTrainedConfig | None = None
-    vocab_size: int = 1000
-    tie_word_embeddings: bool = True
-    output_bias: bool = False
-    loss_type: str = "cross_entropy"
-    loss_kwargs: dict[str, Any] | None = None
-    pad_token_id: int | None = PAD_ID
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
-        knobs = self.loss_kwargs or {}
-        build_loss(self.loss_type, **knobs)
-        if knobs.get("reduction", "mean") != "mean":
-            raise ArgumentError(
-                "reduction", knobs["reduction"], "training needs a mean", "Leave it out"
-            )
-        super().__post_init__(**kwargs)
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the backbone's hidden states."""
-        return int(self.backbone.hidden_size)  # type: ignore[union-attr]
-
-    @property
-    def longest_history(self) -> int | None:
-        """The longest history that the backbone reads, None if it sets no limit."""
-        return getattr(self.backbone, "max_position_embeddings", None)
 
 
 @dataclass
@@ -132,28 +87,53 @@ class RecommenderModel(SparseCheckpoints):
 
     def __init__(self, config: RecommenderConfig) -> None:
         super().__init__(config)
-        if isinstance(config.backbone, SASRecConfig):
-            self.backbone: PreTrainedModel = SASRecModel(config.backbone)
+        tables = item_tables(config)
+        self.backbone = make_backbone(config.backbone, own_table=tables is None)
+        if tables is None:
+            self.item_head: nn.Module = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=config.output_bias
+            )
+            self._tied_weights_keys = {
+                "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
+            }
+            if config.tie_word_embeddings:
+                self._keys_to_ignore_on_save = {"item_head.weight"}
         else:
-            self.backbone = AutoModel.from_config(config.backbone)
-        self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
-        self._tied_weights_keys = {
-            "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
-        }
-        if config.tie_word_embeddings:
-            self._keys_to_ignore_on_save = {"item_head.weight"}
+            table, self.item_head = tables
+            self.backbone.set_input_embeddings(table)
         self.tokenizer: ItemTokenizer | None = None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if module is self.item_head:
-            std = getattr(self.config.backbone, "initializer_range", 0.02)
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.bias is not None:
+        std = getattr(self.config.backbone, "initializer_range", 0.02)
+        if isinstance(module, (CompositionalEmbedding, LMAEmbedding)):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=module.factor_std(std))
+        elif module is self.item_head:
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module.bias, Tensor):
                 init.zeros_(module.bias)
         else:
             self.backbone._init_weights(module)
+
+    def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
+        """Give new compressed tables the codes or signatures of a training log, before training.
+
+        Does nothing for dense tables, and for those whose codes are the ids' own or given.
+
+        Args:
+            train: the train part of a split.
+            seed: of the codes.
+
+        Raises:
+            ArgumentError: if the log is too small for the codes, or has ids beyond the table.
+        """
+        learn_item_table(self.get_input_embeddings(), self.config.item_embedding, train, seed=seed)
+        if isinstance(self.item_head, TableHead) and self.item_head.own_table is not None:
+            table = self.item_head.own_table
+            learn_item_table(table, self.config.item_embedding, train, seed=seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's item embeddings."""
@@ -169,7 +149,7 @@ class RecommenderModel(SparseCheckpoints):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output rows' layer."""
-        self.item_head = value  # type: ignore[assignment]
+        self.item_head = value
 
     @can_return_tuple
     def forward(

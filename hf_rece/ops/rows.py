@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -76,7 +77,76 @@ class DenseRows:
         if isinstance(ids, slice):
             buffer[ids] += grad
         else:
-            buffer.index_add_(0, ids, grad.to(buffer.dtype))
+            add_rows(buffer, ids, grad)
+
+
+@dataclass(frozen=True)
+class SeparableRows:
+    """Rows that are sums of independent parts: logit(id) = sum over j of <h_j, F_j[digit_j(id)]>.
+
+    The digits are those of the id in mixed radices, so that every combination of digits below C
+    is an id.
+
+    Args:
+        factors: k tensors (radix_j, D_j).
+        columns: the columns h_j of a hidden state that each factor is multiplied with.
+        n_rows: C.
+    """
+
+    factors: tuple[Tensor, ...]
+    columns: list[slice]
+    n_rows: int
+
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """The number of values of each digit, most significant first."""
+        return tuple(len(factor) for factor in self.factors)
+
+
+@runtime_checkable
+class HasSeparableRows(Protocol):
+    """Output rows that may be sums of independent parts."""
+
+    def separable(self) -> SeparableRows | None:
+        """Return the parts; None where a logit is no sum over all digits of the id."""
+
+
+def mixed_radix_digits(ids: Tensor, radices: Sequence[int]) -> list[Tensor]:
+    """Return the digits (K,) of ids (K,), most significant first.
+
+    Args:
+        ids: (K,) int64, below the product of the radices.
+        radices: number of values of each digit, most significant first.
+    """
+    digits = []
+    for radix in reversed(radices[1:]):
+        quotient = ids // radix
+        digits.append(ids - quotient * radix)
+        ids = quotient
+    return [ids, *reversed(digits)]
+
+
+def add_rows(buffer: Tensor, ids: Tensor, grad: Tensor) -> None:
+    """Add grad (K, D) to the rows `ids` (K,) of buffer (C, D), in place; an id may repeat."""
+    buffer.index_add_(0, ids, grad.to(buffer.dtype))
+
+
+def gradient_buffers(
+    tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...] | None:
+    """Return zeroed buffers in the accumulation dtype for the tensors that want a gradient."""
+    if not any(wanted):
+        return None
+    return tuple(
+        gradient_buffer(tensor) if wants else None
+        for tensor, wants in zip(tensors, wanted, strict=True)
+    )
+
+
+def gradient_buffer(tensor: Tensor) -> Tensor:
+    """Return zeros like `tensor`, contiguous and in its accumulation dtype."""
+    dtype = accumulation_dtype(tensor.dtype)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def as_output_rows(weight: Tensor | OutputRows) -> OutputRows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import stream_torch
 from hf_rece.ops.plan import Plan
-from hf_rece.ops.rows import OutputRows, accumulation_dtype
+from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 Backend = Literal["auto", "torch"]
@@ -129,9 +129,9 @@ class _Stream(torch.autograd.Function):
         scores = Scores(hidden, ctx.rows, bias, ctx.scale, ctx.softcap)
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[6:]
         into = Gradients(
-            hidden=_buffer(hidden) if wants_hidden else None,
-            rows=_row_buffers(tensors, wants_rows),
-            bias=_buffer(bias) if wants_bias else None,
+            hidden=gradient_buffer(hidden) if wants_hidden else None,
+            rows=gradient_buffers(tensors, wants_rows),
+            bias=gradient_buffer(bias) if wants_bias else None,
         )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -147,16 +147,3 @@ class _Stream(torch.autograd.Function):
             None if into.bias is None else into.bias.to(bias.dtype),
             *rows_grads,
         )
-
-
-def _row_buffers(tensors: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...] | None:
-    if not any(wanted):
-        return None
-    return tuple(
-        _buffer(tensor) if wants else None for tensor, wants in zip(tensors, wanted, strict=True)
-    )
-
-
-def _buffer(tensor: Tensor) -> Tensor:
-    dtype = accumulation_dtype(tensor.dtype)
-    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

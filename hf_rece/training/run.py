@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import polars as pl
 from datasets import DatasetDict
@@ -17,10 +17,12 @@ from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
+from hf_rece.embeddings.item_table import item_table_settings
 from hf_rece.errors import ArgumentError
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
-from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.args import RecommenderTrainingArguments, json_object
 from hf_rece.training.sparsity import SparsityArguments
 from hf_rece.training.trainer import RecommenderTrainer, most_popular_metrics
 
@@ -77,6 +79,18 @@ class ModelArguments:
     tie_word_embeddings: bool = field(
         default=True, metadata={"help": "Score items by their input embeddings."}
     )
+    item_embedding: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Item table as JSON, such as \'{"type": "compositional", "compression": 4}\'; '
+            "type is dense, compositional or lma."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.item_embedding, str):  # from the command line
+            self.item_embedding = json_object("item_embedding", self.item_embedding)
+        item_table_settings(self.item_embedding)
 
 
 @dataclass(frozen=True)
@@ -141,8 +155,10 @@ def train_recommender(
         backbone=_backbone(model_arguments, training.max_length),
         vocab_size=len(tokenizer),
         tie_word_embeddings=model_arguments.tie_word_embeddings,
+        item_embedding=cast("dict[str, Any] | None", model_arguments.item_embedding),
     )
     model = RecommenderModel(config)
+    model.learn_item_tables(splits["train"])
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=5))

@@ -16,18 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from environment import environment
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_rece.data.interactions import load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.training.args import RecommenderTrainingArguments
 from hf_rece.training.trainer import RecommenderTrainer
@@ -55,7 +58,14 @@ LOSSES = {
 }
 
 
-def train(log: str, name: str, seed: int, epochs: int) -> dict[str, object]:
+def train(
+    log: str,
+    name: str,
+    seed: int,
+    epochs: int,
+    item_embedding: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, object]:
     interactions = load_interactions(log)
     tokenizer = ItemTokenizer.from_interactions(interactions)
     splits = leave_one_out_split(interactions, tokenizer)
@@ -64,7 +74,11 @@ def train(log: str, name: str, seed: int, epochs: int) -> dict[str, object]:
     backbone = SASRecConfig(
         hidden_size=64, num_hidden_layers=2, max_position_embeddings=50, dropout=0.5
     )
-    model = RecommenderModel(RecommenderConfig(backbone=backbone, vocab_size=len(tokenizer)))
+    config = RecommenderConfig(
+        backbone=backbone, vocab_size=len(tokenizer), item_embedding=item_embedding
+    )
+    model = RecommenderModel(config)
+    model.learn_item_tables(splits["train"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = RecommenderTrainingArguments(
             output_dir=folder,
@@ -91,7 +105,11 @@ def train(log: str, name: str, seed: int, epochs: int) -> dict[str, object]:
             use_cpu=True,
         )
         trainer = RecommenderTrainer(
-            model, arguments, train_dataset=splits["train"], eval_dataset=splits["validation"]
+            model,
+            arguments,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            callbacks=list(callbacks),
         )
         start = time.perf_counter()
         trainer.train()

@@ -26,7 +26,8 @@ from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split
 from hf_rece.losses import cross_entropy_loss, rece_loss, sce_loss, stratified_loss
 from hf_rece.losses.options import Options, prepare, softmax_loss
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.ops.plan import Plan
 from hf_rece.ops.plans.stratified import stratified_plan

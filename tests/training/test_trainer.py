@@ -10,7 +10,8 @@ from hf_rece.data.splits import leave_one_out_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.errors import ArgumentError
 from hf_rece.metrics.ranking import ranking_metrics
-from hf_rece.models.recommender import RecommenderConfig, RecommenderModel
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.trainer import (

@@ -1,0 +1,78 @@
+"""The digits of an id: one code for each id, no code twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_rece.errors import ArgumentError
+
+
+def quotient_remainder(n_rows: int, budget: int) -> tuple[int, ...]:
+    """Return the number of quotients and of remainders, together `budget` at most.
+
+    The remainders are as few as that allows: the fewer ids have a quotient in common, the better.
+    Nothing comes back where no pair is small enough.
+    """
+    # m + n_rows / m = budget has its smaller solution here.
+    discriminant = budget * budget - 4 * n_rows
+    if discriminant < 0:
+        return ()
+    first = max(1, math.floor((budget - math.sqrt(discriminant)) / 2))
+    for remainders in range(first, first + 3):
+        quotients = -(-n_rows // remainders)
+        if quotients + remainders <= budget:
+            return quotients, remainders
+    return ()
+
+
+def check_codes(codes: Tensor, radices: Sequence[int]) -> None:
+    """Raise ArgumentError if a digit is out of range, or two ids have the same digits.
+
+    Args:
+        codes: (C, k) integers.
+        radices: number of values of each digit.
+    """
+    if codes.is_meta or len(codes) == 0:
+        return
+    for column, radix in enumerate(radices):
+        low, high = int(codes[:, column].min()), int(codes[:, column].max())
+        if low < 0 or high >= radix:
+            raise ArgumentError(
+                "codes",
+                (low, high),
+                f"smallest and largest digit {column}, which has {radix} values",
+                f"Pass digits from 0 to {radix - 1}",
+            )
+    number = code_numbers(codes, radices)
+    distinct, count = torch.unique(number, return_counts=True)
+    if len(distinct) < len(codes):
+        same = (number == distinct[count > 1][0]).nonzero()[:, 0]
+        raise ArgumentError(
+            "codes",
+            codes[same[0]].tolist(),
+            f"ids {same[:3].tolist()} have this code, and {len(codes) - len(distinct)} codes "
+            "repeat another",
+            "Give every id a code of its own; hf_rece.embeddings.codes.distinct_codes does",
+        )
+
+
+def code_numbers(codes: Tensor, radices: Sequence[int]) -> Tensor:
+    """Return (C,) int64, equal for two ids just where all their digits are equal."""
+    number, n_values = codes[:, 0].long(), radices[0]
+    for column, radix in zip(codes.unbind(1)[1:], radices[1:], strict=True):
+        if n_values * radix >= 2**62:
+            number = torch.unique(number, return_inverse=True)[1]
+            n_values = len(codes)
+        number, n_values = number * radix + column, n_values * radix
+    return number
+
+
+def narrow(codes: Tensor, radices: Sequence[int]) -> Tensor:
+    """Return codes in the smallest integer type that holds them."""
+    largest = max(radices) - 1
+    dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+    return codes.to(dtype)

@@ -1,0 +1,164 @@
+"""Which item table a recommender has: its settings by name, and the table made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_rece.embeddings.codes import Quantiser, codes_from_log
+from hf_rece.embeddings.compositional import (
+    CompositionalEmbedding,
+    Operation,
+    resolve_radices,
+)
+from hf_rece.embeddings.lma import LMAEmbedding, resolve_cells
+from hf_rece.embeddings.min_hash import min_hash_signatures, split_batches
+from hf_rece.errors import ArgumentError
+from hf_rece.ops.rows import mixed_radix_digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTable:
+    """A row of its own for every item: nn.Embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositionalTable:
+    """Settings of a CompositionalEmbedding.
+
+    Args:
+        operation: "mult", "add" or "concat".
+        compression: how many times fewer parameters than a dense table.
+        radices: in place of compression, number of values of each digit.
+        codes: where digits come from: "id" (quotient and remainder), "quantile" or "kmeans"
+            (from the training log, see codes_from_log), "given" (by set_codes).
+        n_codes: digits of an item, where they are not those of its id and radices is None.
+    """
+
+    operation: Operation = "concat"
+    compression: float | None = None
+    radices: tuple[int, ...] | None = None
+    codes: Literal["id", "given"] | Quantiser = "quantile"
+    n_codes: int = 8
+
+    def __post_init__(self) -> None:
+        known = ("id", "given", *get_args(Quantiser))
+        if self.codes not in known:
+            raise ArgumentError("codes", self.codes, "no such codes", f"Pass {', '.join(known)}")
+
+    def make(self, n_rows: int, width: int) -> CompositionalEmbedding:
+        """Return the table; codes that come from elsewhere start as the digits of the id."""
+        sizes: dict[str, Any] = {"radices": self.radices, "compression": self.compression}
+        codes = None
+        if self.codes != "id":
+            n_codes = self.n_codes if self.radices is None else len(self.radices)
+            radices = resolve_radices(n_rows, width, self.operation, n_codes=n_codes, **sizes)
+            codes = torch.stack(mixed_radix_digits(torch.arange(n_rows), radices), dim=1)
+            sizes = {"radices": radices}
+        return CompositionalEmbedding(n_rows, width, operation=self.operation, codes=codes, **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMATable:
+    """Settings of an LMAEmbedding.
+
+    Args:
+        compression: how many times fewer floats than a dense table.
+        n_cells: in place of compression, floats of memory.
+        n_keys: min-hashes kept of an item, 1 to 8; 0 for plain hashing of ids.
+        n_hashes: keys that an address depends on.
+        seed: of the hash functions.
+    """
+
+    compression: float | None = None
+    n_cells: int | None = None
+    n_keys: int = 8
+    n_hashes: int = 2
+    seed: int = 0
+
+    def make(self, n_rows: int, width: int) -> LMAEmbedding:
+        """Return the table, all its items cold."""
+        n_cells = resolve_cells(n_rows, width, self.n_cells, self.compression)
+        return LMAEmbedding(
+            n_rows,
+            width,
+            n_cells=n_cells,
+            n_keys=self.n_keys,
+            n_hashes=self.n_hashes,
+            seed=self.seed,
+        )
+
+
+ItemTable = DenseTable | CompositionalTable | LMATable
+ITEM_TABLES: dict[str, type[ItemTable]] = {
+    "dense": DenseTable,
+    "compositional": CompositionalTable,
+    "lma": LMATable,
+}
+
+
+def item_table_settings(item_embedding: dict[str, Any] | None) -> ItemTable:
+    """Return the settings that a configuration's item_embedding names.
+
+    Args:
+        item_embedding: {"type": "dense" | "compositional" | "lma", and settings}; None for dense.
+
+    Raises:
+        ArgumentError: for an unknown type or setting.
+    """
+    settings = dict(item_embedding or {"type": "dense"})
+    name = settings.pop("type", None)
+    if name not in ITEM_TABLES:
+        raise ArgumentError(
+            "item_embedding",
+            item_embedding,
+            "names no table",
+            f'Pass {{"type": one of {", ".join(ITEM_TABLES)}, ...}}',
+        )
+    known = [field.name for field in fields(ITEM_TABLES[name])]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ArgumentError(
+            "item_embedding",
+            item_embedding,
+            f"{name} has no setting {', '.join(unknown)}",
+            f"Pass {', '.join(known)}" if known else "Leave it out",
+        )
+    if isinstance(settings.get("radices"), list):  # JSON has no tuples
+        settings["radices"] = tuple(settings["radices"])
+    return ITEM_TABLES[name](**settings)
+
+
+def learn_item_table(
+    table: nn.Module, item_embedding: dict[str, Any] | None, train: Dataset, *, seed: int = 0
+) -> None:
+    """Give a new table the codes or signatures of a training log, before training.
+
+    Args:
+        table: made as `item_embedding` says.
+        item_embedding: the configuration's.
+        train: the train part of a split: nothing of the held-out items is told.
+        seed: of the codes.
+
+    Raises:
+        ArgumentError: if the log is too small for the codes, or has ids that the table has not.
+    """
+    if isinstance(table, LMAEmbedding) and table.signatures is not None:
+        table.set_signatures(
+            min_hash_signatures(
+                split_batches(train), table.n_rows, n_keys=table.n_keys, seed=table.seed
+            )
+        )
+    settings = item_table_settings(item_embedding)
+    if (
+        isinstance(table, CompositionalEmbedding)
+        and isinstance(settings, CompositionalTable)
+        and settings.codes in ("quantile", "kmeans")
+    ):
+        quantiser: Any = settings.codes
+        table.set_codes(
+            codes_from_log(train, table.n_rows, table.radices, quantiser=quantiser, seed=seed)
+        )

@@ -1,0 +1,56 @@
+"""Input lookup in any table of rows, differentiable in what the rows are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rece.ops.rows import OutputRows, gradient_buffers
+
+
+def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
+    """Return the rows (..., D) of ids (...).
+
+    Args:
+        rows: C rows of width D.
+        ids: (...) integers in [0, C).
+
+    Raises:
+        IndexError: for an id out of range.
+    """
+    flat = ids.reshape(-1).long()
+    if flat.numel() and not flat.is_meta and flat.device.type == "cpu":
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= rows.n_rows:
+            raise IndexError(f"ids from {low} to {high}, but the table has {rows.n_rows} rows")
+    found: Tensor = _Lookup.apply(rows, flat, *rows.tensors())
+    return found.view(*ids.shape, rows.width)
+
+
+class _Lookup(torch.autograd.Function):
+    """rows(ids), whose gradient add_grad knows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: OutputRows, ids: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, *tensors)
+        ctx.rows = rows
+        return rows.rows(ids)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, *tensors = ctx.saved_tensors
+        buffers = gradient_buffers(tensors, ctx.needs_input_grad[2:])
+        if buffers is None:
+            return (None,) * (2 + len(tensors))
+        ctx.rows.add_grad(buffers, ids, grad)
+        return (
+            None,
+            None,
+            *(
+                None if buffer is None else buffer.to(tensor.dtype)
+                for buffer, tensor in zip(buffers, tensors, strict=True)
+            ),
+        )
