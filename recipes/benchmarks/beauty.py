@@ -63,8 +63,10 @@ def train(
     name: str,
     seed: int,
     epochs: int,
+    *,
     item_embedding: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    dropout: float = 0.5,
 ) -> dict[str, object]:
     interactions = load_interactions(log)
     tokenizer = ItemTokenizer.from_interactions(interactions)
@@ -72,7 +74,7 @@ def train(
     set_seed(seed)
     knobs = dict(LOSSES[name])
     backbone = SASRecConfig(
-        hidden_size=64, num_hidden_layers=2, max_position_embeddings=50, dropout=0.5
+        hidden_size=64, num_hidden_layers=2, max_position_embeddings=50, dropout=dropout
     )
     config = RecommenderConfig(
         backbone=backbone, vocab_size=len(tokenizer), item_embedding=item_embedding

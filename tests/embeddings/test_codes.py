@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rece.embeddings.codes import codes_from_log, distinct_codes
+from hf_rece.embeddings.codes import _room, codes_from_log, distinct_codes
 from hf_rece.errors import ArgumentError
 
 
@@ -29,6 +30,34 @@ def test_no_code_occurs_twice(train, quantiser):
     codes = codes_from_log(train, 81, (10, 9), quantiser=quantiser)
     assert len(torch.unique(codes, dim=0)) == 81
     assert bool((codes.amax(0) < torch.tensor([10, 9])).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 1000), min_size=2, max_size=60),
+    share=st.floats(0.05, 1.5),
+    exponent=st.floats(0, 3),
+)
+def test_room_fills_the_values_and_no_item_has_more_than_one(counts, share, exponent):
+    weights = np.array(counts, dtype=float) ** exponent
+    n_values = max(1, int(share * len(counts)))
+    room = _room(weights, n_values)
+    assert room.max() <= 1
+    assert room.sum() == pytest.approx(min(n_values, len(counts)))
+    shared = room < 1
+    np.testing.assert_allclose(
+        room[shared] * weights[shared].max(initial=0), room[shared].max(initial=0) * weights[shared]
+    )
+
+
+def test_popular_items_have_digits_of_their_own():
+    histories = [[1, 2, 3 + user % 60, 3 + (7 * user) % 60] for user in range(300)]
+    train = Dataset.from_dict({"item_ids": histories})
+    codes = codes_from_log(train, 63, (12, 12))
+    for item in (1, 2):
+        assert int((codes == codes[item]).sum()) == 2  # its own two
+    alike = codes_from_log(train, 63, (12, 12), popularity_exponent=0.0)
+    assert int((alike == alike[1]).sum()) > 4
 
 
 def test_one_seed_gives_one_code(train):
