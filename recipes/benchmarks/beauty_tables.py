@@ -40,7 +40,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "dsl": {"type": "dense"},
 }
 # Compressions of each table.
-GRID = {name: (2.0, 4.0, 16.0) for name in TABLES} | {"dense": (1.0,), "dsl": (2.0, 5.0, 10.0)}
+GRID = dict.fromkeys(TABLES, (2.0, 4.0, 16.0)) | {"dense": (1.0,), "dsl": (2.0, 5.0, 10.0)}
 
 
 def run(log: str, table: str, compression: float, seed: int, epochs: int) -> dict[str, object]:
