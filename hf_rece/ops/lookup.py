@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import OutputRows, gradient_buffers
 
 
@@ -18,13 +19,18 @@ def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
         ids: (...) integers in [0, C).
 
     Raises:
-        IndexError: for an id out of range.
+        ArgumentError: for an id out of range, on a CPU; elsewhere the device says so.
     """
     flat = ids.reshape(-1).long()
     if flat.numel() and not flat.is_meta and flat.device.type == "cpu":
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= rows.n_rows:
-            raise IndexError(f"ids from {low} to {high}, but the table has {rows.n_rows} rows")
+            raise ArgumentError(
+                "input_ids",
+                (low, high),
+                f"smallest and largest id, but the table has {rows.n_rows} rows",
+                f"Pass ids from 0 to {rows.n_rows - 1}, or make a larger table",
+            )
     found: Tensor = _Lookup.apply(rows, flat, *rows.tensors())
     return found.view(*ids.shape, rows.width)
 
