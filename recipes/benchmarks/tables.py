@@ -1,4 +1,4 @@
-"""One training step with each item table: memory of all that is kept, peak, checkpoint, seconds.
+"""One training step with each item table: memory of all that is kept, peak, seconds.
 
     python recipes/benchmarks/tables.py                                           # C=100,000
     python recipes/benchmarks/tables.py --classes 10000000 --losses rece stratified --repeats 1
@@ -13,10 +13,8 @@ Writes results/tables_N_C_D.json.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,6 @@ from environment import environment
 from losses import resident_mib
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_rece.embeddings.digits import narrow
@@ -65,18 +62,6 @@ def step(table: nn.Module, loss: Callable[..., Any], ids: tuple[torch.Tensor, ..
     loss(table(inputs), weight, labels).backward()
 
 
-def checkpoint_mib(table: nn.Module) -> float:
-    """Return the size of the saved table, after checking that it loads bit for bit."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "table.safetensors")
-        state = {name: tensor.contiguous() for name, tensor in table.state_dict().items()}
-        save_file(state, path)
-        for name, tensor in load_file(path).items():
-            if not torch.equal(tensor, state[name]):
-                raise SystemExit(f"{name} does not load bit for bit")
-        return os.path.getsize(path) / 2**20
-
-
 def measure(name: str, loss_type: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     n_tokens, n_classes, width = shape
     torch.manual_seed(0)
@@ -103,7 +88,6 @@ def measure(name: str, loss_type: str, shape: tuple[int, int, int], repeats: int
         "extra_peak_mib": round(peak, 1),
         "state_mib": round(sum(t.numel() * t.element_size() for t in tensors) / 2**20, 1),
         "parameters": sum(p.numel() for p in table.parameters()),
-        "checkpoint_mib": round(checkpoint_mib(table), 2),
         "seconds": min(seconds[1:]),
     }
 
@@ -111,8 +95,7 @@ def measure(name: str, loss_type: str, shape: tuple[int, int, int], repeats: int
 def show(runs: dict[str, dict[str, Any]], shape: tuple[int, int, int]) -> None:
     title = "One step with Adam, N={:,}, C={:,}, D={}, 16x compression".format(*shape)
     table = Table(title=title)
-    for name in ("loss", "table", "extra peak MiB", "state MiB", "fewer", "checkpoint MiB",
-                 "seconds", "/ dense"):  # fmt: skip
+    for name in ("loss", "table", "extra peak MiB", "state MiB", "fewer", "seconds", "/ dense"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("loss", "table") else "right")
     for key, row in runs.items():
         loss_type, name = key.split("/")
@@ -122,7 +105,7 @@ def show(runs: dict[str, dict[str, Any]], shape: tuple[int, int, int]) -> None:
             row["time_over_dense"] = round(row["seconds"] / dense["seconds"], 3)
         table.add_row(
             loss_type, name, f"{row['extra_peak_mib']:,.0f}", f"{row['state_mib']:,.0f}",
-            str(row.get("state_fewer", "")), f"{row['checkpoint_mib']:,.1f}",
+            str(row.get("state_fewer", "")),
             f"{row['seconds']:.3f}", str(row.get("time_over_dense", "")),
         )  # fmt: skip
     Console(width=110).print(table)
