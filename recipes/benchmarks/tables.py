@@ -95,11 +95,11 @@ def measure(name: str, loss_type: str, shape: tuple[int, int, int], repeats: int
 def show(runs: dict[str, dict[str, Any]], shape: tuple[int, int, int]) -> None:
     title = "One step with Adam, N={:,}, C={:,}, D={}, 16x compression".format(*shape)
     table = Table(title=title)
-    for name in ("loss", "table", "extra peak MiB", "state MiB", "fewer", "seconds", "/ dense"):  # fmt: skip
+    for name in ("loss", "table", "extra peak MiB", "state MiB", "fewer", "seconds", "/ dense"):
         table.add_column(name, justify="left" if name in ("loss", "table") else "right")
     for key, row in runs.items():
-        loss_type, name = key.split("/")
-        dense = runs.get(f"{loss_type}/dense")
+        loss_type, name = key.split(", ")
+        dense = runs.get(f"{loss_type}, dense")
         if dense is not None:
             row["state_fewer"] = round(dense["state_mib"] / row["state_mib"], 2)
             row["time_over_dense"] = round(row["seconds"] / dense["seconds"], 3)
@@ -132,7 +132,7 @@ def main() -> None:
             for field in ("tokens", "classes", "width", "repeats"):
                 command += [f"--{field}", str(getattr(args, field))]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[f"{loss_type}/{name}"] = json.loads(done.stdout)
+            runs[f"{loss_type}, {name}"] = json.loads(done.stdout)
             print(loss_type, name, done.stdout.strip(), flush=True)
     show(runs, shape)
     record = {**environment(), "shape": shape, "compression": COMPRESSION, "runs": runs}
