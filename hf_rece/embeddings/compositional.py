@@ -10,7 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hf_rece.embeddings.digits import check_codes, narrow, quotient_remainder
+from hf_rece.embeddings.digits import (
+    check_codes,
+    narrowest,
+    own_codes,
+    quotient_remainder,
+)
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
 from hf_rece.ops.rows import SeparableRows, add_rows, mixed_radix_digits
@@ -40,6 +45,7 @@ class CompositionalEmbedding(nn.Module):
         compression: in place of radices, how many times fewer parameters than the C x D of a dense
             table: quotient and remainder, or as many equal digits as codes has columns.
         codes: (C, k) integers, the digits of each id; None for the id's own.
+        n_codes: in place of codes, k: makes a table with the ids' own digits until set_codes.
         std: standard deviation of a composed row's elements at the start.
 
     Raises:
@@ -72,6 +78,7 @@ class CompositionalEmbedding(nn.Module):
         radices: Sequence[int] | None = None,
         compression: float | None = None,
         codes: Tensor | None = None,
+        n_codes: int | None = None,
         std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -79,7 +86,8 @@ class CompositionalEmbedding(nn.Module):
             raise ArgumentError(
                 "operation", operation, "no such operation", "Pass mult, add or concat"
             )
-        n_codes = None if codes is None else _n_columns(codes, num_embeddings)
+        if codes is not None:
+            n_codes = _n_columns(codes, num_embeddings)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.operation: Operation = operation
         self.radices = resolve_radices(
@@ -87,7 +95,9 @@ class CompositionalEmbedding(nn.Module):
         )
         if codes is not None:
             check_codes(codes, self.radices)
-            codes = narrow(codes, self.radices)
+            codes = codes.to(narrowest(self.radices))
+        elif n_codes is not None:
+            codes = own_codes(num_embeddings, self.radices)
         self.register_buffer("codes", codes)
         n_parts = len(self.radices) if operation == "concat" else 1
         self.factors = nn.Parameter(torch.empty(sum(self.radices), embedding_dim // n_parts))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops.rows import mixed_radix_digits
+
+_IDS_AT_ONCE = 2**18
 
 
 def quotient_remainder(n_rows: int, budget: int) -> tuple[int, ...]:
@@ -71,8 +74,17 @@ def code_numbers(codes: Tensor, radices: Sequence[int]) -> Tensor:
     return number
 
 
-def narrow(codes: Tensor, radices: Sequence[int]) -> Tensor:
-    """Return codes in the smallest integer type that holds them."""
+def narrowest(radices: Sequence[int]) -> torch.dtype:
+    """Return the smallest integer type that holds digits with so many values."""
     largest = max(radices) - 1
-    dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
-    return codes.to(dtype)
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+
+
+def own_codes(n_rows: int, radices: Sequence[int]) -> Tensor:
+    """Return codes (C, k), the digits of the ids themselves, in their narrowest type."""
+    codes = torch.empty(n_rows, len(radices), dtype=narrowest(radices))
+    for start in range(0, n_rows, _IDS_AT_ONCE):
+        ids = torch.arange(start, min(start + _IDS_AT_ONCE, n_rows))
+        for column, digit in enumerate(mixed_radix_digits(ids, radices)):
+            codes[start : start + len(ids), column] = digit
+    return codes

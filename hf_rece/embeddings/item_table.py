@@ -5,20 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-import torch
 from datasets import Dataset
 from torch import nn
 
 from hf_rece.embeddings.codes import Quantiser, codes_from_log
-from hf_rece.embeddings.compositional import (
-    CompositionalEmbedding,
-    Operation,
-    resolve_radices,
-)
+from hf_rece.embeddings.compositional import CompositionalEmbedding, Operation
 from hf_rece.embeddings.lma import LMAEmbedding, resolve_cells
 from hf_rece.embeddings.min_hash import min_hash_signatures, split_batches
 from hf_rece.errors import ArgumentError
-from hf_rece.ops.rows import mixed_radix_digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +46,17 @@ class CompositionalTable:
 
     def make(self, n_rows: int, width: int) -> CompositionalEmbedding:
         """Return the table; codes that come from elsewhere start as the digits of the id."""
-        sizes: dict[str, Any] = {"radices": self.radices, "compression": self.compression}
-        codes = None
+        n_codes = None
         if self.codes != "id":
             n_codes = self.n_codes if self.radices is None else len(self.radices)
-            radices = resolve_radices(n_rows, width, self.operation, n_codes=n_codes, **sizes)
-            codes = torch.stack(mixed_radix_digits(torch.arange(n_rows), radices), dim=1)
-            sizes = {"radices": radices}
-        return CompositionalEmbedding(n_rows, width, operation=self.operation, codes=codes, **sizes)
+        return CompositionalEmbedding(
+            n_rows,
+            width,
+            operation=self.operation,
+            radices=self.radices,
+            compression=self.compression,
+            n_codes=n_codes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class LMAEmbedding(nn.Module):
             _check_signatures(signatures, num_embeddings)
             n_keys = signatures.shape[1]
         elif n_keys:
-            signatures = torch.from_numpy(own_keys(num_embeddings, n_keys, seed))
+            signatures = torch.from_numpy(own_keys(np.arange(num_embeddings), n_keys, seed))
         self.n_keys = n_keys
         if n_keys and not 1 <= n_hashes <= n_keys:
             raise ArgumentError(

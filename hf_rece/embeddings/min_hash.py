@@ -70,21 +70,23 @@ def min_hash_signatures(
         for of_key, key_seed in zip(smallest, seeds, strict=True):
             hashed = (mix(users ^ key_seed) >> np.uint64(32)).astype(np.uint32)
             np.minimum.at(of_key, ids, hashed)
-    own = own_keys(n_rows, n_keys, seed)
-    cold = (smallest == 2**32 - 1).all(0)
-    # Equal minima give equal keys; the odd factor spreads small minima over 16 bits.
-    spread = (smallest * np.uint32(0x9E3779B1)) >> np.uint32(32 - KEY_BITS)
-    keys = spread.astype(np.uint16).view(np.int16).T.copy()
-    del smallest, spread
-    keys[cold] = own[cold]
-    return torch.from_numpy(_set_apart(keys, own))
+    keys = np.empty((n_rows, n_keys), dtype=np.int16)
+    for column, of_key in enumerate(smallest):
+        # Equal minima give equal keys; the odd factor spreads small minima over 16 bits.
+        spread = (of_key * np.uint32(0x9E3779B1)) >> np.uint32(32 - KEY_BITS)
+        keys[:, column] = spread.astype(np.uint16).view(np.int16)
+    cold = (smallest == 2**32 - 1).all(0).nonzero()[0]
+    keys[cold] = own_keys(cold, n_keys, seed)
+    return torch.from_numpy(_set_apart(keys, seed))
 
 
-def own_keys(n_rows: int, n_keys: int, seed: int) -> NDArray[np.int16]:
-    """Return (C, n_keys) keys that are hashes of the row's number: unlike those of other rows."""
-    seeds = mixed(seed, "own", n_keys)
-    ids = np.arange(n_rows, dtype=np.uint64)[:, None]
-    return (mix(ids ^ seeds) >> np.uint64(64 - KEY_BITS)).astype(np.uint16).view(np.int16)
+def own_keys(ids: NDArray[np.int64], n_keys: int, seed: int) -> NDArray[np.int16]:
+    """Return keys (n, n_keys) that are hashes of the ids (n,): unlike those of any other id."""
+    keys = np.empty((len(ids), n_keys), dtype=np.int16)
+    for column, key_seed in enumerate(mixed(seed, "own", n_keys)):
+        hashed = mix(ids.astype(np.uint64) ^ key_seed) >> np.uint64(64 - KEY_BITS)
+        keys[:, column] = hashed.astype(np.uint16).view(np.int16)
+    return keys
 
 
 def split_batches(train: Dataset) -> Iterator[Batch]:
@@ -167,11 +169,11 @@ def _hashed(users: pl.Series) -> NDArray[np.uint64]:
     return hashed
 
 
-def _set_apart(keys: NDArray[np.int16], own: NDArray[np.int16]) -> NDArray[np.int16]:
+def _set_apart(keys: NDArray[np.int16], seed: int) -> NDArray[np.int16]:
     """Give a key of its own to every row but the first of those with equal signatures."""
     frame = pl.DataFrame(keys, schema=[f"key_{i}" for i in range(keys.shape[1])], orient="row")
     rest = (~frame.select(pl.struct(pl.all()).is_first_distinct()).to_series()).to_numpy()
     rows = rest.nonzero()[0]
     columns = rows % keys.shape[1]
-    keys[rows, columns] = own[rows, columns]
+    keys[rows, columns] = own_keys(rows, keys.shape[1], seed)[np.arange(len(rows)), columns]
     return keys

@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from hf_rece.embeddings.digits import narrow
 from hf_rece.embeddings.item_table import item_table_settings
 from hf_rece.losses import build_loss
 
@@ -52,7 +51,7 @@ def make(name: str, n_classes: int, width: int) -> nn.Module:
         radices = table.radices
         # Codes as a log would give them: each digit says nothing of the id's number.
         columns = [torch.randint(radix, (n_classes,), dtype=torch.int32) for radix in radices]
-        table.codes.copy_(narrow(torch.stack(columns, dim=1), radices))
+        table.codes.copy_(torch.stack(columns, dim=1))
     return table
 
 

@@ -167,6 +167,15 @@ def test_bad_codes_are_refused(codes, message):
         CompositionalEmbedding(60, 8, radices=(8, 8), codes=codes)
 
 
+def test_codes_to_come_start_as_the_digits_of_the_ids(monkeypatch):
+    monkeypatch.setattr("hf_rece.embeddings.digits._IDS_AT_ONCE", 7)
+    table = CompositionalEmbedding(60, 8, radices=(5, 3, 4), n_codes=3)
+    own = CompositionalEmbedding(60, 8, radices=(5, 3, 4))
+    own.load_state_dict({"factors": table.factors})
+    assert torch.equal(table.rows(slice(0, 60)), own.rows(slice(0, 60)))
+    assert table.codes.dtype == torch.uint8
+
+
 def test_codes_are_replaced_only_where_there_are_some():
     codes = torch.stack(mixed_radix_digits(torch.arange(60), (8, 8)), dim=1)
     table = CompositionalEmbedding(60, 8, radices=(8, 8), codes=codes)

@@ -54,7 +54,7 @@ def test_repeated_interactions_change_nothing():
 
 def test_items_that_do_not_occur_have_keys_of_their_own():
     signatures = min_hash_signatures([batch([(1, 1)])], 3, n_keys=4)
-    own = torch.from_numpy(own_keys(3, 4, 0))
+    own = torch.from_numpy(own_keys(np.arange(3), 4, 0))
     assert torch.equal(signatures[[0, 2]], own[[0, 2]])
     assert not torch.equal(signatures[1], own[1])
 
