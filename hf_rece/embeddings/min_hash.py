@@ -171,9 +171,10 @@ def _hashed(users: pl.Series) -> NDArray[np.uint64]:
 
 def _set_apart(keys: NDArray[np.int16], seed: int) -> NDArray[np.int16]:
     """Give a key of its own to every row but the first of those with equal signatures."""
-    frame = pl.DataFrame(keys, schema=[f"key_{i}" for i in range(keys.shape[1])], orient="row")
-    rest = (~frame.select(pl.struct(pl.all()).is_first_distinct()).to_series()).to_numpy()
-    rows = rest.nonzero()[0]
+    folded = np.zeros(len(keys), dtype=np.uint64)
+    for column in keys.T:
+        folded = mix(folded ^ column.astype(np.uint64))
+    rows = (~pl.Series(folded).is_first_distinct()).to_numpy().nonzero()[0]
     columns = rows % keys.shape[1]
     keys[rows, columns] = own_keys(rows, keys.shape[1], seed)[np.arange(len(rows)), columns]
     return keys
