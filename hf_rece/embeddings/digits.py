@@ -33,12 +33,19 @@ def quotient_remainder(n_rows: int, budget: int) -> tuple[int, ...]:
 
 
 def check_codes(codes: Tensor, radices: Sequence[int]) -> None:
-    """Raise ArgumentError if a digit is out of range, or two ids have the same digits.
+    """Raise ArgumentError if a digit is missing or out of range, or two ids have the same digits.
 
     Args:
         codes: (C, k) integers.
         radices: number of values of each digit.
     """
+    if codes.shape[1] != len(radices):
+        raise ArgumentError(
+            "codes",
+            tuple(codes.shape),
+            f"there are {len(radices)} radices",
+            "Pass a column for each radix",
+        )
     if codes.is_meta or len(codes) == 0:
         return
     for column, radix in enumerate(radices):

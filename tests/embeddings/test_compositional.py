@@ -184,5 +184,7 @@ def test_codes_are_replaced_only_where_there_are_some():
     with pytest.raises(ArgumentError, match="repeat"):
         table.set_codes(torch.zeros_like(codes))
     assert table.codes[0].tolist() == [7, 3]
+    with pytest.raises(ArgumentError, match="there are 2 radices"):
+        table.set_codes(torch.arange(180).view(60, 3))
     with pytest.raises(ArgumentError, match="computes its codes"):
         CompositionalEmbedding(60, 8, radices=(8, 8)).set_codes(codes)
