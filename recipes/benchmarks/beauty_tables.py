@@ -27,7 +27,9 @@ from rich.table import Table
 from hf_rece import DynamicSparsityCallback
 
 RESULTS = Path(__file__).parent / "results" / "beauty_tables.jsonl"
-DROPOUT, UPDATE_INTERVAL = 0.2, 50
+DROPOUT = 0.2
+# The best of 0, .03, .1 and .5 by validation after 12 epochs: more moves undo what was learned.
+INITIAL_RATIO = 0.1
 TABLES: dict[str, dict[str, Any]] = {
     "dense": {"type": "dense"},
     "qr_mult": {"type": "compositional", "operation": "mult", "codes": "id"},
@@ -50,7 +52,7 @@ def run(log: str, table: str, compression: float, seed: int, epochs: int) -> dic
     callbacks = []
     if table == "dsl":
         share = {"*embed_tokens.weight": 1 / compression}
-        callbacks = [DynamicSparsityCallback(share, update_interval=UPDATE_INTERVAL)]
+        callbacks = [DynamicSparsityCallback(share, initial_ratio=INITIAL_RATIO)]
     measured = train(
         log,
         "sampled_softmax",
