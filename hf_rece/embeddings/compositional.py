@@ -15,6 +15,7 @@ from hf_rece.embeddings.digits import (
     narrowest,
     own_codes,
     quotient_remainder,
+    widened,
 )
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
@@ -54,7 +55,8 @@ class CompositionalEmbedding(nn.Module):
             or exceed their radix.
 
     Memory:
-        sum(radices) x D (x 1/k with "concat") parameters, and for given codes 1 to 4 bytes a digit.
+        sum(radices) x D (x 1/k with "concat") parameters; given codes take 1 byte a digit, 2 beyond
+        256 values, 4 beyond 65,536.
 
     Reference:
         Shi, Mudigere, Naumov, Yang, 2019, arXiv 1909.02107. Differs by initialisation: the
@@ -195,7 +197,7 @@ class CompositionalEmbedding(nn.Module):
     def _places(self, ids: Tensor | slice) -> Tensor:
         """Return, for each id, where its k rows lie among those of the factors: (K, k)."""
         if self.codes is not None:
-            digits = self.codes[ids].long()
+            digits = widened(self.codes[ids])
         else:
             if isinstance(ids, slice):
                 ids = torch.arange(ids.start, ids.stop, device=self.factors.device)

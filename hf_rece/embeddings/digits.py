@@ -82,9 +82,15 @@ def code_numbers(codes: Tensor, radices: Sequence[int]) -> Tensor:
 
 
 def narrowest(radices: Sequence[int]) -> torch.dtype:
-    """Return the smallest integer type that holds digits with so many values."""
+    """Return the smallest integer type that holds digits with so many values; see widened."""
     largest = max(radices) - 1
-    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**16 else torch.int32
+
+
+def widened(codes: Tensor) -> Tensor:
+    """Return int64 digits of codes in their narrowest type, whose int16 are read without a sign."""
+    digits = codes.long()
+    return digits.bitwise_and_(2**16 - 1) if codes.dtype == torch.int16 else digits
 
 
 def own_codes(n_rows: int, radices: Sequence[int]) -> Tensor:

@@ -108,8 +108,20 @@ def test_rows_start_in_unlike_directions():
 def test_codes_take_the_fewest_bytes():
     codes = torch.stack(mixed_radix_digits(torch.arange(600), (300, 2)), dim=1)
     assert CompositionalEmbedding(600, 4, radices=(300, 2), codes=codes).codes.dtype == torch.int16
+    codes = torch.stack(mixed_radix_digits(torch.arange(600), (65537, 1)), dim=1)
+    table = CompositionalEmbedding(600, 4, radices=(65537, 1), codes=codes)
+    assert table.codes.dtype == torch.int32
     codes = torch.stack(mixed_radix_digits(torch.arange(600), (256, 3)), dim=1)
     assert CompositionalEmbedding(600, 4, radices=(256, 3), codes=codes).codes.dtype == torch.uint8
+
+
+def test_digits_of_two_bytes_have_no_sign():
+    codes = torch.tensor([[0, 1], [40_000, 0], [65_535, 2]])
+    table = CompositionalEmbedding(3, 4, radices=(65_536, 3), operation="add", codes=codes)
+    rows = table.factors[codes[:, 0]] + table.factors[65_536 + codes[:, 1]]
+    assert torch.equal(table(torch.arange(3)), rows)
+    table.set_codes(codes.flip(0))
+    assert torch.equal(table(torch.arange(3)), rows.flip(0))
 
 
 def test_codes_too_many_for_one_integer_are_still_told_apart():
