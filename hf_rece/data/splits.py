@@ -33,7 +33,7 @@ def leave_one_out_split(interactions: pl.DataFrame, tokenizer: ItemTokenizer) ->
     sequences = _sequences(interactions, tokenizer)
     held_out = sequences.filter(pl.col(HISTORY).list.len() >= 3)
     short = sequences.filter(pl.col(HISTORY).list.len() == 2)
-    train = pl.concat([_without_last(held_out, 2), short])
+    train = pl.concat([_without_last(held_out, 2), short], how="vertical_relaxed")
     return _splits(train, held_out, "leave-one-out")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 from typing import Literal, get_args
 
 import numpy as np
@@ -148,7 +149,8 @@ def distinct_codes(
     codes = codes.long().clone()
     generator = torch.Generator().manual_seed(seed)
     low = list(lowest or [0] * len(radices))
-    if math.prod(radix - first for radix, first in zip(radices, low, strict=True)) < 2 * len(codes):
+    n_inside = int((codes >= torch.tensor(low)).all(1).sum())
+    if math.prod(radix - first for radix, first in zip(radices, low, strict=True)) < n_inside:
         low = [0] * len(radices)
     for _ in range(_DRAWS):
         rows = _repeated(codes, radices)
@@ -161,7 +163,10 @@ def distinct_codes(
         digits = torch.stack(mixed_radix_digits(free, radices), dim=1)
         preferred = (digits >= torch.tensor(low)).all(1).int()
         codes[rows] = digits[preferred.argsort(descending=True, stable=True)[: len(rows)]]
+    draws = count()
     while len(rows := _repeated(codes, radices)):  # of many codes, most are free
+        if next(draws) == _DRAWS:
+            low = [0] * len(radices)
         for column, radix in enumerate(radices):
             drawn = torch.randint(low[column], radix, (len(rows),), generator=generator)
             codes[rows, column] = drawn

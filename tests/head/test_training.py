@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BertForMaskedL
 
 from hf_rece import ArgumentError, replace_output_head
 from hf_rece.head.replace import kernel_calls
+from tests.checkpointing import enable_checkpointing
 from tests.head.architectures import GROUPED, VOCABULARY, batch, build, prepared
 from tests.head.steps import assert_same_step, assert_trains_like_dense, step
 
@@ -174,7 +175,7 @@ def test_the_loss_is_float32_with_bfloat16_weights():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_gradient_checkpointing(name, use_reentrant):
     model = build(name)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
     assert_trains_like_dense(model, batch())
 
 

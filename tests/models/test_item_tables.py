@@ -11,6 +11,7 @@ from transformers import AutoModel, GPT2Config, LlamaConfig
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import TableHead
+from tests.checkpointing import enable_checkpointing
 
 TABLES = {
     "quotient and remainder": {"type": "compositional", "compression": 2, "codes": "id"},
@@ -157,7 +158,7 @@ def test_gradients_are_the_same_with_checkpointing(table):
     model(**inputs).loss.backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model(**inputs).loss.backward()
     for left, right in zip(plain, model.parameters(), strict=True):
         torch.testing.assert_close(right.grad, left)

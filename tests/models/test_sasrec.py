@@ -5,6 +5,7 @@ import torch
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from tests.checkpointing import enable_checkpointing
 
 
 def make(**knobs):
@@ -54,7 +55,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = make(dropout=0.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         states(model, ids).square().sum().backward()
         grads.append(model.embed_tokens.weight.grad)
     torch.testing.assert_close(*grads)
