@@ -38,7 +38,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   evaluate   rank the full catalogue for the test users of a log
   recommend  recommend next items for histories
   pretrain   train a language model from scratch
-  finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl])
+  finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -175,7 +175,10 @@ def finetune(words: Sequence[str] | None = None) -> None:
         from hf_rece.training import finetune as room
     except ModuleNotFoundError as error:
         raise ArgumentError(
-            "finetune", error.name, "not installed", 'Install it: pip install "hf_rece[trl]"'
+            "finetune",
+            error.name,
+            "not installed",
+            'Install it: pip install "hf_rece[trl]" (Python 3.11)',
         ) from None
     types = (room.FinetuneDataArguments, ModelConfig, room.FinetuneDefaults)
     data, model, training = parse(types, words, "finetune")
