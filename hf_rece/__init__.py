@@ -115,6 +115,4 @@ def __getattr__(name: str) -> Any:
                 raise
             needs = f'{name} needs TRL: pip install "hf_rece[trl]" (Python 3.11)'
             raise ImportError(needs) from error
-                f'{name} needs TRL: pip install "hf_rece[trl]" (Python 3.11)'
-            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
