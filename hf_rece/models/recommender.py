@@ -140,8 +140,10 @@ class RecommenderModel(SparseCheckpoints):
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's item embeddings."""
+        """Replace the backbone's item embeddings, and a compressed table tied to them."""
         self.backbone.set_input_embeddings(value)
+        if isinstance(self.item_head, TableHead) and self.item_head.own_table is None:
+            self.item_head.tied_table = (value,)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output rows' layer."""

@@ -1,5 +1,8 @@
 """Recommenders whose item table is compressed."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
+from hf_rece.embeddings.lma import LMAEmbedding
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import TableHead
 from tests.checkpointing import enable_checkpointing
@@ -192,6 +196,26 @@ def test_dense_logits_come_on_request():
     model = make("lma", output_bias=True).eval()
     logits = model(input_ids=batch()["input_ids"], output_logits=True).logits
     assert logits.shape == (3, 7, 60)
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_tied_to_its_own_table(copy):
+    model = make("codes")
+    twin = copy(model)
+    assert twin.item_head.rows is twin.get_input_embeddings()
+    assert twin.item_head.rows is not model.get_input_embeddings()
+
+
+def test_a_new_input_table_is_the_output_too():
+    model, table = make("codes"), LMAEmbedding(60, 16, compression=2)
+    model.set_input_embeddings(table)
+    assert model.item_head.rows is table
+
+
+def test_moving_to_another_dtype_moves_the_tied_table():
+    model = make("lma").bfloat16()
+    assert model.item_head.rows.memory.dtype == torch.bfloat16
+    assert torch.isfinite(model(**batch()).loss)
 
 
 def test_a_head_needs_a_table_of_rows():
