@@ -43,6 +43,7 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.row_adam import RowAdamW
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.sparsity import DynamicSparsityCallback
     from hf_rece.training.trainer import LargeVocabTrainer, RecommenderTrainer
@@ -56,6 +57,7 @@ _LAZY = {
     "LargeVocabTrainingArguments": "hf_rece.training.args",
     "RecommenderTrainer": "hf_rece.training.trainer",
     "RecommenderTrainingArguments": "hf_rece.training.args",
+    "RowAdamW": "hf_rece.training.row_adam",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "RecommenderModel",
     "RecommenderTrainer",
     "RecommenderTrainingArguments",
+    "RowAdamW",
     "SASRecConfig",
     "SASRecModel",
     "SCEConfig",

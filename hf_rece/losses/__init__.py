@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.cross_entropy import CrossEntropyConfig, cross_entropy_loss
-from hf_rece.losses.options import CommonOptions, Options
+from hf_rece.losses.options import CommonOptions, Options, check_sparse_grad
 from hf_rece.losses.rece import RECEConfig, rece_loss
 from hf_rece.losses.sampled import (
     BCEConfig,
@@ -140,7 +140,7 @@ def build_loss(loss_type: str | LossConfig, **knobs: Any) -> Loss:
     config_knobs = {key: value for key, value in knobs.items() if key in own}
     config = entry.config(**config_knobs) if isinstance(loss_type, str) else loss_type
     common: Any = {key: value for key, value in knobs.items() if key in shared}
-    Options(**common)
+    check_sparse_grad(name, Options(**common))
     return Loss(name, config, common)
 
 

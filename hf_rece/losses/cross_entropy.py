@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hf_rece.losses.options import CommonOptions, Options, prepare, softmax_loss
+from hf_rece.losses.options import (
+    CommonOptions,
+    Options,
+    check_sparse_grad,
+    prepare,
+    softmax_loss,
+)
 from hf_rece.losses.separable import separable_losses
 from hf_rece.ops.plans.exhaustive import exhaustive_plan
 from hf_rece.ops.rows import OutputRows
@@ -53,7 +59,9 @@ def cross_entropy_loss(
         >>> round(cross_entropy_loss(hidden, weight, torch.arange(3)).item(), 4)
         0.5514
     """
-    problem = prepare(hidden, weight, labels, Options(**common))
+    options = Options(**common)
+    check_sparse_grad("cross_entropy", options)
+    problem = prepare(hidden, weight, labels, options)
     losses = separable_losses(problem)
     if losses is not None:
         return problem.reduce(losses)

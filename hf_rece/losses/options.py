@@ -12,10 +12,14 @@ from typing_extensions import TypedDict
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
-from hf_rece.ops.rows import OutputRows, as_output_rows
+from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
 from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
+from hf_rece.ops.touched import touched_rows
 
 Reduction = Literal["mean", "sum", "none"]
+
+# The others give every row a gradient.
+SPARSE_GRAD_LOSSES = ("sce", "sampled_softmax", "bce", "gbce")
 
 
 class CommonOptions(TypedDict, total=False):
@@ -35,6 +39,9 @@ class CommonOptions(TypedDict, total=False):
     backend: "auto" or "torch".
     generator: torch.Generator of the random draws, on the device of the hidden states.
     statistics: TokenStatistics to fill with the entropy and correctness of each token, or None.
+    sparse_grad: give weight and bias row-sparse gradients (sparse COO tensors of the rows touched)
+        in place of dense ones. For the losses that touch few rows, SPARSE_GRAD_LOSSES, of a plain
+        weight that is a leaf.
     """
 
     bias: Tensor | None
@@ -48,6 +55,7 @@ class CommonOptions(TypedDict, total=False):
     backend: Backend
     generator: torch.Generator | None
     statistics: TokenStatistics | None
+    sparse_grad: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Options:
     backend: Backend = "auto"
     generator: torch.Generator | None = None
     statistics: TokenStatistics | None = None
+    sparse_grad: bool = False
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none"):
@@ -110,12 +119,21 @@ class Problem:
 
     def stream(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return label logits (N,) and merged scores (N,) over the plan's pairs."""
+        rows, labels, bias = self.rows, self.labels, self.options.bias
+        if self.options.sparse_grad:
+            touched = touched_rows(leaf_weight(rows), bias, labels, plan)
+            rows, labels, bias, plan = (
+                DenseRows(touched.weight),
+                touched.labels,
+                touched.bias,
+                touched.plan,
+            )
         label_logits, merged = stream(
             self.hidden,
-            self.rows,
-            self.labels,
+            rows,
+            labels,
             plan,
-            bias=self.options.bias,
+            bias=bias,
             logit_scale=self.options.logit_scale,
             logit_softcap=self.options.logit_softcap,
             backend=self.options.backend,
@@ -278,6 +296,37 @@ def _check_values(
             "Look for the layer that made it: torch.autograd.set_detect_anomaly(True), a lower "
             "learning rate, or a float32 or bfloat16 model instead of float16",
         )
+
+
+def check_sparse_grad(loss_type: str, options: Options) -> None:
+    """Refuse sparse_grad for a loss that gives every row a gradient.
+
+    Raises:
+        ArgumentError: if `options` ask for it and `loss_type` is not in SPARSE_GRAD_LOSSES.
+    """
+    if options.sparse_grad and loss_type not in SPARSE_GRAD_LOSSES:
+        raise ArgumentError(
+            "sparse_grad",
+            True,
+            f"{loss_type} gives every row a gradient",
+            f"Leave it out, or take one of {', '.join(SPARSE_GRAD_LOSSES)}",
+        )
+
+
+def leaf_weight(rows: OutputRows) -> Tensor:
+    """Return the weight of plain rows, which may take a sparse gradient.
+
+    Raises:
+        ArgumentError: for rows that are computed: adapters, compressed tables, casts.
+    """
+    if isinstance(rows, DenseRows) and (rows.weight.is_leaf or not rows.weight.requires_grad):
+        return rows.weight
+    raise ArgumentError(
+        "sparse_grad",
+        True,
+        "the output rows are computed from other tensors, whose gradients are dense",
+        "Leave it out, or pass the parameter itself as weight",
+    )
 
 
 def softmax_loss(label_logits: Tensor, others: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.checks import check_at_least
-from hf_rece.losses.options import CommonOptions, Options, prepare, softmax_loss
+from hf_rece.losses.options import (
+    CommonOptions,
+    Options,
+    check_sparse_grad,
+    prepare,
+    softmax_loss,
+)
 from hf_rece.ops.lsh import random_directions
 from hf_rece.ops.plans.rece import rece_plan
 from hf_rece.ops.rows import OutputRows
@@ -110,6 +116,7 @@ def rece_loss(
         n_rounds=n_rounds,
     )
     options = Options(**common)
+    check_sparse_grad("rece", options)
     problem = prepare(hidden, weight, labels, options)
     if directions is None:
         n_buckets = n_buckets_for(config, len(problem.labels), problem.rows.n_rows)

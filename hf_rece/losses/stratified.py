@@ -8,7 +8,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from hf_rece.losses.checks import check_at_least
-from hf_rece.losses.options import CommonOptions, Options, prepare, softmax_loss
+from hf_rece.losses.options import (
+    CommonOptions,
+    Options,
+    check_sparse_grad,
+    prepare,
+    softmax_loss,
+)
 from hf_rece.ops.plans.stratified import stratified_plan
 from hf_rece.ops.rows import OutputRows
 
@@ -95,6 +101,7 @@ def stratified_loss(
     """
     config = StratifiedConfig(n_groups=n_groups, n_hard=n_hard, n_random=n_random)
     options = Options(**common)
+    check_sparse_grad("stratified", options)
     problem = prepare(hidden, weight, labels, options)
     n_tokens, n_classes = len(problem.labels), problem.rows.n_rows
     n_excluded = 0 if problem.excluded_ids is None else len(problem.excluded_ids)

@@ -181,6 +181,9 @@ class RecommenderModel(SparseCheckpoints):
         Raises:
             ArgumentError: for labels out of range, and whatever the loss raises.
         """
+        embeddings = self.get_input_embeddings()
+        if isinstance(embeddings, nn.Embedding):
+            embeddings.sparse = self.config.sparse_grad
         if attention_mask is not None and self._counts_padding(attention_mask):
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             kwargs.setdefault("position_ids", positions)

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_rece.data.item_tokenizer import PAD_ID
-from hf_rece.embeddings.item_table import item_table_settings
+from hf_rece.embeddings.item_table import DenseTable, item_table_settings
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.models.backbone import as_backbone
@@ -27,7 +27,7 @@ class RecommenderConfig(PreTrainedConfig):
         item_embedding: {"type": "dense" | "compositional" | "lma", and its settings}, see
             hf_rece.embeddings.item_table; None for dense.
         loss_type: name of the training loss, see hf_rece.losses.
-        loss_kwargs: its knobs.
+        loss_kwargs: its knobs. With "sparse_grad", the item embeddings' gradients are sparse too.
 
     Raises:
         ArgumentError: for an unknown loss, knob, table or setting, a reduction other than "mean",
@@ -48,14 +48,23 @@ class RecommenderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
-        item_table_settings(self.item_embedding)
+        table = item_table_settings(self.item_embedding)
         knobs = self.loss_kwargs or {}
+        if knobs.get("sparse_grad") and not isinstance(table, DenseTable):
+            raise ArgumentError(
+                "sparse_grad", True, "compressed tables have dense gradients", "Leave it out"
+            )
         build_loss(self.loss_type, **knobs)
         if knobs.get("reduction", "mean") != "mean":
             raise ArgumentError(
                 "reduction", knobs["reduction"], "training needs a mean", "Leave it out"
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def sparse_grad(self) -> bool:
+        """Whether the item table has row-sparse gradients."""
+        return bool((self.loss_kwargs or {}).get("sparse_grad", False))
 
     @property
     def hidden_size(self) -> int:

@@ -22,6 +22,7 @@ from hf_rece.head.outputs import TOKEN_FIELDS
 from hf_rece.head.replace import CALLS_ITS_CLASS, base_model
 from hf_rece.training.args import LargeVocabTrainingArguments
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.trainer import set_loss
 
 # TRL's own names: its likelihood is the exact cross-entropy, which dft then weighs.
@@ -51,7 +52,7 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
         return _OF_TRL.get(self.loss_type, self.loss_type)
 
 
-class LargeVocabSFTTrainer(ExactEvaluation, SFTTrainer):
+class LargeVocabSFTTrainer(SparseGradients, ExactEvaluation, SFTTrainer):
     """SFTTrainer whose loss never builds logits.
 
     TRL prepares the data (chat templates, packing, completion-only and assistant-only loss) and

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints, holds
 from hf_rece.training.masks import SMALLEST_SHARE, magnitude_masks, move_weights, random_mask
+from hf_rece.training.sparse_gradients import has_sparse_gradients
 
 Start = Literal["random", "magnitude"]
 
@@ -122,6 +123,13 @@ class DynamicSparsityCallback(TrainerCallback):
                 args.fsdp or args.deepspeed,
                 "masks need whole weights in each process",
                 "Train with DDP, or leave DynamicSparsityCallback out",
+            )
+        if has_sparse_gradients(kwargs["model"]):
+            raise ArgumentError(
+                "sparse_grad",
+                True,
+                "weights grow where gradients summed over all rows are largest",
+                "Leave it out of loss_kwargs, or leave DynamicSparsityCallback out",
             )
         if kwargs["model"] is not None:
             sparse_weights(kwargs["model"], self.density)

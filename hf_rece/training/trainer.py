@@ -19,9 +19,10 @@ from hf_rece.head.replace import change_head_loss
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.sparse_gradients import SparseGradients
 
 
-class LargeVocabTrainer(ExactEvaluation):
+class LargeVocabTrainer(SparseGradients, ExactEvaluation):
     """Trainer that sets the training loss by name, for recommenders and language models.
 
     A RecommenderModel keeps the loss in its configuration. Of any other model the output layer is

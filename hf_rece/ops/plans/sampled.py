@@ -106,11 +106,8 @@ def draw_negatives(
     """
     if sampler == "in_batch":
         return _in_batch(labels, n_negatives, logq, generator)
-    allowed = None
-    if excluded_ids is not None and len(excluded_ids):
-        everything = torch.arange(n_classes, device=labels.device)
-        allowed = everything[~torch.isin(everything, excluded_ids)]
-    n_allowed = n_classes if allowed is None else len(allowed)
+    excluded = labels.new_empty(0) if excluded_ids is None else torch.unique(excluded_ids)
+    n_allowed = n_classes - len(excluded)
     if n_allowed == 0:
         raise ArgumentError(
             "excluded_ids", n_classes, "every class is excluded", "Leave classes to draw from"
@@ -124,7 +121,9 @@ def draw_negatives(
         # Inverse of the distribution function log(r + 2) / log(n + 1).
         ranks = (uniform * math.log(n_allowed + 1)).exp_().long().sub_(1).clamp_(0, n_allowed - 1)
         log_q = ((ranks + 2) / (ranks + 1)).log().div_(math.log(n_allowed + 1)).log_()
-    classes = ranks if allowed is None else allowed[ranks]
+    # The k-th excluded class pushes on by one all ranks from its own, less the k before it.
+    pushed = excluded - torch.arange(len(excluded), device=labels.device)
+    classes = ranks + torch.searchsorted(pushed, ranks, right=True)
     return Negatives(classes, -math.log(n_negatives) - log_q if logq else None)
 
 
