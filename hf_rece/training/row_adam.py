@@ -28,9 +28,8 @@ class RowAdamW(torch.optim.Optimizer):
     beta2 = .999), whatever its gradient, and then stays; weight_decay is a decay per visit.
     Equals AdamW where every row is in every step.
 
-    A step costs time and working memory in proportion to the rows touched. The moments are as large
-    as the parameter, but their pages are not touched before their rows are, so that an operating
-    system that commits memory on first use never pays for items that never occur.
+    A step costs time and working memory in proportion to the rows touched; the moments are as large
+    as the parameter.
 
     Args:
         params: parameters or groups of them.

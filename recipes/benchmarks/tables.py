@@ -1,9 +1,9 @@
-"""One training step with each item table: memory of all that is kept, peak, seconds.
+r"""One training step with each item table: memory of all that is kept, peak, seconds.
 
     python recipes/benchmarks/tables.py                                           # C=100,000
     python recipes/benchmarks/tables.py --classes 10000000 --losses rece stratified --repeats 1
-    python recipes/benchmarks/tables.py --classes 10000000 --losses sampled_softmax sce \\
-        --tables dense "dense, sparse_grad" --suffix _sparse_grad
+    python recipes/benchmarks/tables.py --classes 10000000 --suffix _sparse_grad \
+        --losses sampled_softmax sce --tables dense "dense, sparse_grad"
 
 A step looks N input ids up, scores them against the same table (tied), goes backward, and updates
 with fused Adam, or with RowAdamW where gradients are sparse. Each (table, loss) runs in a fresh
