@@ -53,6 +53,11 @@ LOSSES = {
         "shared_by": "sequence",
     },
     "sampled_softmax_batch": {"loss_type": "sampled_softmax", "n_negatives": 256},
+    "sampled_softmax_batch_sparse_grad": {
+        "loss_type": "sampled_softmax",
+        "n_negatives": 256,
+        "sparse_grad": True,
+    },
     "gbce": {"loss_type": "gbce", "n_negatives": 256, "shared_by": "sequence"},
     "gbce_batch": {"loss_type": "gbce", "n_negatives": 256},
 }
