@@ -74,27 +74,24 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
     step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)))
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
-    # Whole lanes: repeated directions change no maximum, and count as the first of their kind.
-    n_lanes = -(-n_buckets // _LANE)
-    repeated = torch.arange(n_lanes * _LANE, device=directions.device) % n_buckets
-    padded = directions[repeated]
+    # Whole lanes of vector instructions: repeated directions change no maximum.
+    padded = directions[
+        torch.arange(-(-n_buckets // _LANE) * _LANE, device=found.device) % n_buckets
+    ]
+    countdown = torch.arange(len(padded), 0, -1, dtype=padded.dtype, device=found.device)
     for start in range(0, vectors.n_rows, step):
         piece = slice(start, min(start + step, vectors.n_rows))
         scores = product(vectors.rows(piece).to(directions.dtype), padded)
-        found[piece] = repeated[_argmax(scores.view(-1, n_lanes, _LANE))]
-    return found
+        found[piece] = len(padded) - _first_of_largest(scores, countdown)
+    return found.remainder_(n_buckets)  # equal directions need not round alike
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """Return (K,) int64, the column of the largest of scores (K, n_lanes, _LANE), read as a row.
+def _first_of_largest(scores: Tensor, countdown: Tensor) -> Tensor:
+    """Return (K,), the largest entry of countdown (B,) among each row's maxima; overwrites scores.
 
-    The maximum over lanes has vector instructions, the search for its place has not: it is left to
-    one lane's width and one column of lanes.
+    torch.argmax searches one number at a time; these three passes have vector instructions.
     """
-    column = scores.amax(1).max(1).indices
-    rows = torch.arange(len(scores), device=scores.device)
-    lane = scores[rows, :, column].max(1).indices
-    return lane * _LANE + column
+    return scores.eq_(scores.amax(1, keepdim=True)).mul_(countdown).amax(1)
 
 
 def sort_into_chunks(bucket_of: Tensor, n_chunks: int) -> Chunks:
