@@ -96,6 +96,7 @@ class CompositionalEmbedding(nn.Module):
             num_embeddings, embedding_dim, operation, radices, compression, n_codes
         )
         if codes is not None:
+            codes = widened(codes)
             check_codes(codes, self.radices)
             codes = codes.to(narrowest(self.radices))
         elif n_codes is not None:
@@ -108,6 +109,12 @@ class CompositionalEmbedding(nn.Module):
     def reset_parameters(self, std: float) -> None:
         """Draw the factors anew, so that composed rows have standard deviation `std`."""
         nn.init.normal_(self.factors, std=self.factor_std(std))
+
+    @torch.no_grad()
+    def reset_identity(self) -> None:
+        """Make the codes, where there are any, the digits of the ids themselves."""
+        if self.codes is not None:
+            self.codes.copy_(own_codes(self.num_embeddings, self.radices))
 
     def factor_std(self, std: float) -> float:
         """Return the standard deviation of the factors that gives composed rows `std`."""
@@ -127,6 +134,7 @@ class CompositionalEmbedding(nn.Module):
                 "codes", "a tensor", "this table computes its codes", "Make the table with codes"
             )
         _n_columns(codes, self.num_embeddings)
+        codes = widened(codes)
         check_codes(codes, self.radices)
         self.codes.copy_(codes)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rece.embeddings.codes import Quantiser, codes_from_log
 from hf_rece.embeddings.compositional import CompositionalEmbedding, Operation
@@ -98,6 +100,25 @@ ITEM_TABLES: dict[str, type[ItemTable]] = {
 }
 
 
+def _is_mapping(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("n_cells", "n_codes", "n_keys", "n_hashes", "seed"), _is_whole),
+    "compression": lambda value: _is_whole(value) or isinstance(value, float),
+    "radices": lambda value: isinstance(value, tuple) and all(map(_is_whole, value)),
+}
+
+
 def item_table_settings(item_embedding: dict[str, Any] | None) -> ItemTable:
     """Return the settings that a configuration's item_embedding names.
 
@@ -107,9 +128,9 @@ def item_table_settings(item_embedding: dict[str, Any] | None) -> ItemTable:
     Raises:
         ArgumentError: for an unknown type or setting.
     """
-    settings = dict(item_embedding or {"type": "dense"})
+    settings = dict(item_embedding or {"type": "dense"}) if _is_mapping(item_embedding) else {}
     name = settings.pop("type", None)
-    if name not in ITEM_TABLES:
+    if not isinstance(name, str) or name not in ITEM_TABLES:
         raise ArgumentError(
             "item_embedding",
             item_embedding,
@@ -126,6 +147,14 @@ def item_table_settings(item_embedding: dict[str, Any] | None) -> ItemTable:
         )
     if isinstance(settings.get("radices"), list):  # JSON has no tuples
         settings["radices"] = tuple(settings["radices"])
+    for setting, value in settings.items():
+        if value is not None and not _TYPES.get(setting, _is_text)(value):
+            raise ArgumentError(
+                "item_embedding",
+                item_embedding,
+                f"{setting} is no {value!r}",
+                f"See {ITEM_TABLES[name].__name__} in hf_rece.embeddings.item_table",
+            )
     return ITEM_TABLES[name](**settings)
 
 
@@ -144,11 +173,10 @@ def learn_item_table(
         ArgumentError: if the log is too small for the codes, or has ids that the table has not.
     """
     if isinstance(table, LMAEmbedding) and table.signatures is not None:
-        table.set_signatures(
-            min_hash_signatures(
-                split_batches(train), table.n_rows, n_keys=table.n_keys, seed=table.seed
-            )
+        signatures = min_hash_signatures(
+            split_batches(train), table.n_rows, n_keys=table.n_keys, seed=table.seed
         )
+        table.set_signatures(_of_first_process(signatures))
     settings = item_table_settings(item_embedding)
     if (
         isinstance(table, CompositionalEmbedding)
@@ -156,6 +184,15 @@ def learn_item_table(
         and settings.codes in ("quantile", "kmeans")
     ):
         quantiser: Any = settings.codes
-        table.set_codes(
-            codes_from_log(train, table.n_rows, table.radices, quantiser=quantiser, seed=seed)
-        )
+        codes = codes_from_log(train, table.n_rows, table.radices, quantiser=quantiser, seed=seed)
+        table.set_codes(_of_first_process(codes))
+
+
+def _of_first_process(codes: Tensor) -> Tensor:
+    """Return the codes of rank 0: an SVD need not round alike on every machine."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        own = [codes.numpy().tobytes()]
+        torch.distributed.broadcast_object_list(own)
+        flat = torch.frombuffer(bytearray(own[0]), dtype=codes.dtype)
+        return flat.view(codes.shape)
+    return codes

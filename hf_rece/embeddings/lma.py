@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rece.embeddings.min_hash import KEY_BITS, own_keys
+from hf_rece.embeddings.min_hash import KEY_BITS, MOST_KEYS, own_keys
 from hf_rece.embeddings.mixing import mixed
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
@@ -20,9 +20,10 @@ class LMAEmbedding(nn.Module):
         row(v)[i] = memory[hash_i(n_hashes keys of v's signature)]
 
     A signature holds n_keys min-hashes of the set of users in which v occurs. Two items whose sets
-    have Jaccard similarity J share a cell at each of the D places with probability J^n_hashes, and
-    by chance with probability 1 / n_cells. Addresses are computed on the fly: only signatures and
-    memory are kept.
+    have Jaccard similarity J share a cell at each of the D places with probability
+    J^n_hashes - (n_hashes / n_keys) J^n_keys (of items whose keys all agree, one key is set apart),
+    and by chance with probability 1 / n_cells. Addresses are computed on the fly: only signatures
+    and memory are kept.
 
     Without signatures, every place hashes the id itself: plain hashing, no item like another.
 
@@ -77,6 +78,10 @@ class LMAEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.n_cells = resolve_cells(num_embeddings, embedding_dim, n_cells, compression)
         self.seed = seed
+        if not 0 <= n_keys <= MOST_KEYS:
+            raise ArgumentError(
+                "n_keys", n_keys, f"signatures have 1 to {MOST_KEYS} keys", "Pass 0 for none"
+            )
         if signatures is not None:
             _check_signatures(signatures, num_embeddings)
             n_keys = signatures.shape[1]
@@ -95,6 +100,13 @@ class LMAEmbedding(nn.Module):
     def reset_parameters(self, std: float) -> None:
         """Draw the memory anew, normal with standard deviation `std`."""
         nn.init.normal_(self.memory, std=std)
+
+    @torch.no_grad()
+    def reset_identity(self) -> None:
+        """Make every item cold, where there are signatures."""
+        if self.signatures is not None:
+            keys = own_keys(np.arange(self.num_embeddings), self.n_keys, self.seed)
+            self.signatures.copy_(torch.from_numpy(keys))
 
     def factor_std(self, std: float) -> float:
         """Return the standard deviation of the cells that gives rows `std`: the same."""

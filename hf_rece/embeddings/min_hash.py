@@ -35,8 +35,9 @@ def min_hash_signatures(
     """Return each item's signature: n_keys min-hashes of the set of users in which it occurs.
 
     A key of two items is equal with probability J, the Jaccard similarity of their sets (plus
-    2^-16 by chance). Items that do not occur get keys hashed from their ids, as do one key of every
-    item but the first of several with equal sets: they would be one item otherwise.
+    2^-16 by chance). Items that do not occur get keys hashed from their ids. So does one key of
+    every item but the first of several whose keys all agree, by equal sets or, with probability
+    J^n_keys, by chance: they would be one item otherwise.
 
     Args:
         batches: interactions in pieces, from split_batches or parquet_batches; read once.
@@ -163,6 +164,8 @@ def _hashed(users: pl.Series) -> NDArray[np.uint64]:
         raise DataError(
             f"column {users.name!r}", f"{users.is_null().sum()} users are null", "Drop these rows"
         )
+    if users.dtype.is_unsigned_integer():
+        return mix(users.cast(pl.UInt64).to_numpy())
     if users.dtype.is_integer():
         return mix(users.cast(pl.Int64).to_numpy().view(np.uint64))
     hashed: NDArray[np.uint64] = hash_array(users.cast(pl.String).to_numpy().astype(object))

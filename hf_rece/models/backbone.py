@@ -66,3 +66,10 @@ def make_backbone(config: Any, *, own_table: bool) -> PreTrainedModel:
         return model
     finally:
         config.vocab_size = vocab_size
+
+
+def name_of_embeddings(backbone: PreTrainedModel) -> str:
+    """Return the name of the module that holds the input embeddings of `backbone`."""
+    embeddings = backbone.get_input_embeddings()
+    names: dict[int, str] = {id(module): name for name, module in backbone.named_modules()}
+    return names[id(embeddings)]

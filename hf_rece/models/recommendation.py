@@ -1,4 +1,4 @@
-"""What goes into recommend and what comes out: histories and answers in the user's own ids."""
+"""What goes into a recommender and what comes out: outputs, histories, answers in own ids."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
+
+
+@dataclass
+class RecommenderOutput(ModelOutput):
+    """What RecommenderModel returns.
+
+    Args:
+        loss: scalar; the training loss in training, the exact cross-entropy in evaluation.
+        last_hidden_state: (B, T, D), without labels.
+        logits: (B, T, C), only with output_logits=True.
+        greater: (N,) int64, for each label the items scored above it, with rank_k.
+        tied: (N,) int64, for each label the other items scored like it, with rank_k.
+        topk_ids: (N, rank_k) int64, for each label the best items, with rank_k.
+        losses: (N,) float32, the exact cross-entropy of each label, in evaluation.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    logits: Tensor | None = None
+    greater: Tensor | None = None
+    tied: Tensor | None = None
+    topk_ids: Tensor | None = None
+    losses: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
-from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.item_table import learn_item_table
-from hf_rece.embeddings.lma import LMAEmbedding
 from hf_rece.embeddings.table_head import TableHead
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
-from hf_rece.models.backbone import make_backbone
-from hf_rece.models.item_tables import item_tables
+from hf_rece.models.backbone import make_backbone, name_of_embeddings
+from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
 from hf_rece.models.recommendation import (
     Recommendation,
+    RecommenderOutput,
     known_histories,
     named_recommendations,
 )
@@ -37,29 +34,6 @@ from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
 LOGIT_SHAPING = ("logit_scale", "logit_softcap")
-
-
-@dataclass
-class RecommenderOutput(ModelOutput):
-    """What RecommenderModel returns.
-
-    Args:
-        loss: scalar; the training loss in training, the exact cross-entropy in evaluation.
-        last_hidden_state: (B, T, D), without labels.
-        logits: (B, T, C), only with output_logits=True.
-        greater: (N,) int64, for each label the items scored above it, with rank_k.
-        tied: (N,) int64, for each label the other items scored like it, with rank_k.
-        topk_ids: (N, rank_k) int64, for each label the best items, with rank_k.
-        losses: (N,) float32, the exact cross-entropy of each label, in evaluation.
-    """
-
-    loss: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    logits: Tensor | None = None
-    greater: Tensor | None = None
-    tied: Tensor | None = None
-    topk_ids: Tensor | None = None
-    losses: Tensor | None = None
 
 
 class RecommenderModel(SparseCheckpoints):
@@ -94,7 +68,7 @@ class RecommenderModel(SparseCheckpoints):
                 config.hidden_size, config.vocab_size, bias=config.output_bias
             )
             self._tied_weights_keys = {
-                "item_head.weight": f"backbone.{_name_of_embeddings(self.backbone)}.weight"
+                "item_head.weight": f"backbone.{name_of_embeddings(self.backbone)}.weight"
             }
             if config.tie_word_embeddings:
                 self._keys_to_ignore_on_save = {"item_head.weight"}
@@ -107,9 +81,8 @@ class RecommenderModel(SparseCheckpoints):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config.backbone, "initializer_range", 0.02)
-        if isinstance(module, (CompositionalEmbedding, LMAEmbedding)):
-            for parameter in module.parameters():
-                init.normal_(parameter, mean=0.0, std=module.factor_std(std))
+        if isinstance(module, COMPRESSED):
+            initialise_table(module, std)
         elif module is self.item_head:
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, mean=0.0, std=std)
@@ -117,6 +90,19 @@ class RecommenderModel(SparseCheckpoints):
                 init.zeros_(module.bias)
         else:
             self.backbone._init_weights(module)
+
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint has filled; the backbone does not know its new table."""
+        super().initialize_weights()
+        if isinstance(self.get_input_embeddings(), COMPRESSED):
+            self._init_weights(self.get_input_embeddings())
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Codes and signatures: every process has them, and DDP cannot send int16."""
+        return [
+            name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))
+        ]
 
     def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
         """Give new compressed tables the codes or signatures of a training log, before training.
@@ -144,6 +130,26 @@ class RecommenderModel(SparseCheckpoints):
         self.backbone.set_input_embeddings(value)
         if isinstance(self.item_head, TableHead) and self.item_head.own_table is None:
             self.item_head.tied_table = (value,)
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Resize a dense item table as PreTrainedModel does; a compressed one cannot be.
+
+        Raises:
+            ArgumentError: for a compressed table.
+        """
+        table = self.get_input_embeddings()
+        wanted = args[0] if args else kwargs.get("new_num_tokens")
+        if isinstance(table, COMPRESSED) and wanted is not None:
+            raise ArgumentError(
+                "new_num_tokens",
+                wanted,
+                f"{type(table).__name__} keeps the number of rows that it was made with",
+                "Make a new model with room in vocab_size for items to come",
+            )
+        resized: nn.Module = super().resize_token_embeddings(*args, **kwargs)
+        return resized
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output rows' layer."""
@@ -181,9 +187,7 @@ class RecommenderModel(SparseCheckpoints):
         Raises:
             ArgumentError: for labels out of range, and whatever the loss raises.
         """
-        embeddings = self.get_input_embeddings()
-        if isinstance(embeddings, nn.Embedding):
-            embeddings.sparse = self.config.sparse_grad
+        self._prepare_table()
         if attention_mask is not None and self._counts_padding(attention_mask):
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             kwargs.setdefault("position_ids", positions)
@@ -198,6 +202,15 @@ class RecommenderModel(SparseCheckpoints):
         if self.training:
             loss = self._training_loss(hidden, labels, states, targets, num_items_in_batch)
             return RecommenderOutput(loss=loss, logits=logits)
+        output = self._exact(states, targets, None if seen_ids is None else seen_ids[row], rank_k)
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        output.loss, output.logits = output.losses.sum() / count, logits  # type: ignore[union-attr]
+        return output
+
+    def _exact(
+        self, states: Tensor, targets: Tensor, seen: Tensor | None, rank_k: int | None
+    ) -> RecommenderOutput:
+        """Return the exact losses of targets (N,) and, with rank_k, their ranks."""
         terms, excluded = as_rows(self.item_head, states), self._excluded()
         shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
         losses = cross_entropy_loss(
@@ -209,14 +222,19 @@ class RecommenderModel(SparseCheckpoints):
             reduction="none",
             **shaping,
         )
-        count = max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch
-        output = RecommenderOutput(loss=losses.sum() / count, logits=logits, losses=losses)
+        output = RecommenderOutput(losses=losses)
         if rank_k is not None:
-            seen = None if seen_ids is None else seen_ids[row]
             search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
             output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
             output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
         return output
+
+    def _prepare_table(self) -> None:
+        table = self.get_input_embeddings()
+        if isinstance(table, nn.Embedding):
+            table.sparse = self.config.sparse_grad
+        elif isinstance(self.item_head, TableHead) and self.item_head.own_table is None:
+            self.item_head.tied_table = (table,)  # a replica of this model has a table of its own
 
     def _counts_padding(self, attention_mask: Tensor) -> bool:
         """Return whether the backbone would count the padding on the left as positions."""
@@ -369,9 +387,3 @@ class RecommenderModel(SparseCheckpoints):
         if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
             loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
         return model
-
-
-def _name_of_embeddings(backbone: PreTrainedModel) -> str:
-    embeddings = backbone.get_input_embeddings()
-    names: dict[int, str] = {id(module): name for name, module in backbone.named_modules()}
-    return names[id(embeddings)]

@@ -139,6 +139,13 @@ def unpack_state_dict(
     return dense, masks
 
 
+def _partner(name: str) -> str:
+    """Return the name of the other half of a sparse weight; any other name as it is."""
+    if name.endswith(VALUES):
+        return name.removesuffix(VALUES) + BITMASK
+    return name.removesuffix(BITMASK) + VALUES if name.endswith(BITMASK) else name
+
+
 def holds(mask: Tensor, weight: Tensor) -> bool:
     """Return whether `mask` has the shape of `weight`, and all weights outside of it are 0."""
     if mask.shape != weight.shape:
@@ -157,6 +164,7 @@ class SparseCheckpoints(PreTrainedModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.weight_masks: dict[str, Tensor] = {}
+        self._halves: dict[str, Tensor] = {}  # of weights whose other half is in a later shard
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
@@ -177,6 +185,10 @@ class SparseCheckpoints(PreTrainedModel):
         Raises:
             ArgumentError: as unpack_state_dict.
         """
+        if not strict:  # so Trainer loads shards, one by one
+            state_dict = {**self._halves, **state_dict}
+            self._halves = {n: t for n, t in state_dict.items() if _partner(n) not in state_dict}
+            state_dict = {n: t for n, t in state_dict.items() if n not in self._halves}
         shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
         dense, masks = unpack_state_dict(state_dict, shapes)
         for name in dense:

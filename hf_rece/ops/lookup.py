@@ -22,6 +22,8 @@ def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
         ArgumentError: for an id out of range, on a CPU; elsewhere the device says so.
     """
     flat = ids.reshape(-1).long()
+    if flat.device.type == "cuda":  # composed and hashed rows answer any id
+        torch._assert_async(((flat >= 0) & (flat < rows.n_rows)).all())
     if flat.numel() and not flat.is_meta and flat.device.type == "cpu":
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= rows.n_rows:

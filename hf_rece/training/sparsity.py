@@ -354,6 +354,13 @@ class SparsityArguments:
     density_update_interval: int = field(
         default=100, metadata={"help": "Steps between updates of which weights are active."}
     )
+    density_initial_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the active weights that the first updates move."}
+    )
+    density_pattern: str = field(
+        default="*",
+        metadata={"help": "Names of the weights to make sparse, such as '*embed_tokens.weight'."},
+    )
     redistribute_density: bool = field(
         default=False, metadata={"help": "Let density move between tables and blocks."}
     )
@@ -368,7 +375,8 @@ class SparsityArguments:
             return []
         return [
             DynamicSparsityCallback(
-                self.density,
+                {self.density_pattern: self.density},
+                initial_ratio=self.density_initial_ratio,
                 redistribute=self.redistribute_density,
                 update_interval=self.density_update_interval,
             )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rece.embeddings.compositional import CompositionalEmbedding
-from hf_rece.embeddings.digits import code_numbers
+from hf_rece.embeddings.digits import code_numbers, own_codes
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import OutputRows, mixed_radix_digits
 
@@ -200,3 +200,15 @@ def test_codes_are_replaced_only_where_there_are_some():
         table.set_codes(torch.arange(180).view(60, 3))
     with pytest.raises(ArgumentError, match="computes its codes"):
         CompositionalEmbedding(60, 8, radices=(8, 8)).set_codes(codes)
+
+
+def test_codes_of_one_table_serve_another():
+    radices = (40_000, 2)
+    one = CompositionalEmbedding(
+        50_000, 4, operation="add", radices=radices, codes=own_codes(50_000, radices)
+    )
+    assert one.codes.dtype == torch.int16
+    other = CompositionalEmbedding(50_000, 4, operation="add", radices=radices, codes=one.codes)
+    assert torch.equal(other.codes, one.codes)
+    other.set_codes(one.codes)
+    assert torch.equal(other.codes, one.codes)

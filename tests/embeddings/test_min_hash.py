@@ -79,7 +79,7 @@ def test_a_parquet_log_is_read_in_pieces(log, tmp_path, monkeypatch):
 
 
 def test_integer_users_and_string_users_are_both_read(tmp_path):
-    for users in (["a", "b", "a"], [1, -2, 1]):
+    for users in (["a", "b", "a"], [1, -2, 1], [2**64 - 1, 5, 2**64 - 1]):
         log = pl.DataFrame({"user_id": users, "item_id": ["x", "x", "y"]})
         log.write_parquet(tmp_path / "log.parquet")
         ((ids, hashed),) = parquet_batches(tmp_path / "log.parquet", ItemTokenizer(["x", "y"]))

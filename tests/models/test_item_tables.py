@@ -16,6 +16,7 @@ from hf_rece.embeddings.lma import LMAEmbedding
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import TableHead
 from tests.checkpointing import enable_checkpointing
+from tests.processes import findings_of_two_processes
 
 TABLES = {
     "quotient and remainder": {"type": "compositional", "compression": 2, "codes": "id"},
@@ -256,3 +257,82 @@ def test_a_log_with_more_items_than_the_table_is_refused(item_embedding):
     config = RecommenderConfig(vocab_size=60, item_embedding=item_embedding)
     with pytest.raises(ArgumentError, match="60 rows"):
         RecommenderModel(config).learn_item_tables(train_part(n_items=90))
+
+
+@every_table
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_start_as_wide_as_the_configuration_says(table, tied):
+    torch.manual_seed(0)
+    backbone = SASRecConfig(hidden_size=16, initializer_range=0.5)
+    config = RecommenderConfig(
+        backbone=backbone, vocab_size=2000, tie_word_embeddings=tied,
+        item_embedding={**TABLES[table], **({"radices": [13, 13, 13]} if table == "codes" else {})},
+    )  # fmt: skip
+    model = RecommenderModel(config)
+    ids = torch.arange(2000)
+    for rows in (model.get_input_embeddings()(ids), model.item_head.rows(ids)):
+        assert float(rows.detach().std()) == pytest.approx(0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("before", [None, *TABLES])
+@pytest.mark.parametrize("after", ["codes", "lma"])
+def test_what_a_checkpoint_does_not_fill_is_as_new(before, after, tmp_path):
+    item_embedding = None if before is None else TABLES[before]
+    backbone = BACKBONES["sasrec"]()
+    config = RecommenderConfig(backbone=backbone, vocab_size=50, item_embedding=item_embedding)
+    RecommenderModel(config).save_pretrained(tmp_path)
+    wanted = {"type": "compositional", "radices": [6, 6, 6], "operation": "add"}
+    wanted = wanted if after == "codes" else {"type": "lma", "compression": 3}
+    model = RecommenderModel.from_pretrained(
+        tmp_path, vocab_size=60, item_embedding=wanted, ignore_mismatched_sizes=True
+    )
+    new = RecommenderModel(model.config)
+    for own, expected in zip(model.buffers(), new.buffers(), strict=True):
+        assert torch.equal(own, expected)
+    rows = model.get_input_embeddings()(torch.arange(60)).detach()
+    assert 0.01 < float(rows.std()) < 0.03
+
+
+@every_table
+def test_resizing_is_refused(table):
+    with pytest.raises(ArgumentError, match=r"new_num_tokens=70.*room in vocab_size"):
+        make(table).resize_token_embeddings(70)
+
+
+def test_a_replica_reads_a_table_of_its_own():
+    model = make("lma").eval()
+    replica, inputs = make("lma").eval(), batch()
+    replica.load_state_dict(model.state_dict())
+    expected = replica(**inputs).loss
+    replica.item_head.tied_table = (make("lma").get_input_embeddings(),)  # as copied from elsewhere
+    torch.testing.assert_close(replica(**inputs).loss, expected)
+
+
+def findings(folder, n_processes):
+    """Codes and gradients of each table after a step on this process's part of the data."""
+    rank = 0
+    if n_processes > 1:
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        assert torch.distributed.get_world_size() == n_processes
+    found = {}
+    for table in ("codes", "lma"):
+        torch.manual_seed(0)
+        model = make(table).train()
+        torch.manual_seed(rank)
+        model.learn_item_tables(train_part())
+        table_sum = sum(float(buffer.double().sum()) for buffer in model.buffers())
+        wrapped = torch.nn.parallel.DistributedDataParallel(model) if n_processes > 1 else model
+        wrapped(**batch()).loss.backward()
+        norm = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+        found[table] = [table_sum, norm]
+    return found
+
+
+def test_two_processes_agree_about_codes_and_gradients(tmp_path):
+    first, second = findings_of_two_processes("tests.models.test_item_tables", tmp_path)
+    assert first == second
+    one = findings(tmp_path, 1)
+    assert {name: values[0] for name, values in first.items()} == {
+        name: values[0] for name, values in one.items()
+    }

@@ -232,3 +232,11 @@ def test_a_damaged_checkpoint_does_not_load(tmp_path):
         model.load_state_dict(load_file(path), strict=False)
     with pytest.raises(RuntimeError, match="CONVERSION"):
         RecommenderModel.from_pretrained(tmp_path)
+
+
+def test_a_weight_whose_halves_lie_in_two_shards_loads():
+    model, again = sparse_model(), sparse_model()
+    whole = pack_state_dict(model.state_dict(), model.weight_masks)
+    for name in whole:  # one tensor a shard
+        again.load_state_dict({name: whole[name]}, strict=False)
+    assert_same(model, again)

@@ -528,7 +528,7 @@ def test_sharded_weights_are_refused(sharding):
 def test_no_density_asks_for_no_callback():
     assert SparsityArguments().callbacks() == []
     (sparse,) = SparsityArguments(0.1, 7, redistribute_density=True).callbacks()
-    assert (sparse.density, sparse.update_interval, sparse.redistribute) == (0.1, 7, True)
+    assert (sparse.density, sparse.update_interval, sparse.redistribute) == ({"*": 0.1}, 7, True)
 
 
 # -------------------------------------------------------------------------------- several processes
