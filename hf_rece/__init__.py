@@ -35,6 +35,7 @@ from hf_rece.losses import (
     sce_loss,
     stratified_loss,
 )
+from hf_rece.losses.planning import plan_losses
 from hf_rece.models.auto import register_auto_classes
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
@@ -97,6 +98,7 @@ __all__ = [
     "k_core_filter",
     "leave_one_out_split",
     "load_interactions",
+    "plan_losses",
     "rece_loss",
     "replace_output_head",
     "restore_output_head",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,8 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece.losses.budget import MEMORY_BUDGET
+from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
@@ -39,6 +41,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   recommend  recommend next items for histories
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
+  plan       print what every loss would cost at a shape: memory, operations, candidates
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -110,6 +113,24 @@ class EvaluateArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a saved recommender."})
     per_device_eval_batch_size: int = field(default=512, metadata={"help": "Users at once."})
+
+
+@dataclass
+class PlanArguments:
+    """The shape to plan for."""
+
+    classes: int = field(metadata={"help": "Classes: items, or words of the vocabulary."})
+    tokens: int = field(metadata={"help": "Tokens a step that carry a label."})
+    width: int = field(metadata={"help": "Width of the hidden states."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+    device: str = field(
+        default="cpu", metadata={"help": "cpu or cuda: decides the size of a tile."}
+    )
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
+    losses: list[str] = field(
+        default_factory=list, metadata={"help": "Losses to show. All unless given."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON in place of a table."})
 
 
 def train(words: Sequence[str] | None = None) -> None:
@@ -184,6 +205,47 @@ def finetune(words: Sequence[str] | None = None) -> None:
     data, model, training = parse(types, words, "finetune")
     show_run(room.finetune(data, model, training))
     Console().print(f"Saved in {training.output_dir}")
+
+
+def plan(words: Sequence[str] | None = None) -> None:
+    """Print what every loss would cost at a shape, beside dense cross-entropy."""
+    (arguments,) = parse((PlanArguments,), words, "plan")
+    plans = plan_losses(
+        arguments.tokens,
+        arguments.classes,
+        arguments.width,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        memory_budget=arguments.memory_budget,
+        losses=arguments.losses or None,
+    )
+    if arguments.json:
+        sys.stdout.write(json.dumps([asdict(each) for each in plans], indent=1) + "\n")
+    else:
+        Console().print(_table_of_plans(plans, arguments))
+
+
+def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Table:
+    shape = f"N={arguments.tokens:,}, C={arguments.classes:,}, D={arguments.width}"
+    table = Table(
+        title=f"Loss + backward, {shape}, {arguments.dtype}, {arguments.device}",
+        caption=f"memory_budget={arguments.memory_budget}; memory: above hidden states and table",
+    )
+    for name in ("loss", "knobs", "tile", "memory", "/ dense", "operations", "/ dense", "classes"):
+        table.add_column(name, justify="left" if name in ("loss", "knobs") else "right")
+    for each in plans:
+        counts = [f"{name}={value}" for name, value in each.knobs.items() if type(value) is int]
+        table.add_row(
+            each.loss,
+            "\n".join(counts),
+            human_bytes(each.tile_bytes) if each.tile_bytes else "",
+            human_bytes(each.bytes),
+            f"{each.bytes_over_dense:.3g}",
+            human_flops(each.flops),
+            f"{each.flops_over_dense:.3g}",
+            f"{each.candidates:,}",
+        )
+    return table
 
 
 def read_histories(path: str) -> list[list[Any]]:
@@ -271,6 +333,7 @@ COMMANDS = {
     "recommend": recommend,
     "pretrain": pretrain,
     "finetune": finetune,
+    "plan": plan,
 }
 
 

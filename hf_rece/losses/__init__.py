@@ -10,19 +10,25 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
-from hf_rece.losses.cross_entropy import CrossEntropyConfig, cross_entropy_loss
+from hf_rece.losses.budget import Choice
+from hf_rece.losses.cross_entropy import (
+    CrossEntropyConfig,
+    choose_cross_entropy,
+    cross_entropy_loss,
+)
 from hf_rece.losses.options import CommonOptions, Options, check_sparse_grad
-from hf_rece.losses.rece import RECEConfig, rece_loss
+from hf_rece.losses.rece import RECEConfig, choose_rece, rece_loss
 from hf_rece.losses.sampled import (
     BCEConfig,
     GBCEConfig,
     SampledSoftmaxConfig,
     bce_loss,
+    choose_sampled,
     gbce_loss,
     sampled_softmax_loss,
 )
-from hf_rece.losses.sce import SCEConfig, sce_loss
-from hf_rece.losses.stratified import StratifiedConfig, stratified_loss
+from hf_rece.losses.sce import SCEConfig, choose_sce, sce_loss
+from hf_rece.losses.stratified import StratifiedConfig, choose_stratified, stratified_loss
 from hf_rece.ops.rows import OutputRows
 
 __all__ = [
@@ -61,20 +67,27 @@ LossConfig = (
 
 
 class LossEntry(NamedTuple):
-    """A row of the table of losses."""
+    """A row of the table of losses.
+
+    Args:
+        config: its knobs.
+        function: the loss itself.
+        choose: from a config and a Shape to the knobs and tile that it runs with, and their cost.
+    """
 
     config: type[LossConfig]
     function: Callable[..., Tensor]
+    choose: Callable[..., Choice[Any]]
 
 
 LOSSES: dict[LossName, LossEntry] = {
-    "cross_entropy": LossEntry(CrossEntropyConfig, cross_entropy_loss),
-    "rece": LossEntry(RECEConfig, rece_loss),
-    "sce": LossEntry(SCEConfig, sce_loss),
-    "stratified": LossEntry(StratifiedConfig, stratified_loss),
-    "sampled_softmax": LossEntry(SampledSoftmaxConfig, sampled_softmax_loss),
-    "bce": LossEntry(BCEConfig, bce_loss),
-    "gbce": LossEntry(GBCEConfig, gbce_loss),
+    "cross_entropy": LossEntry(CrossEntropyConfig, cross_entropy_loss, choose_cross_entropy),
+    "rece": LossEntry(RECEConfig, rece_loss, choose_rece),
+    "sce": LossEntry(SCEConfig, sce_loss, choose_sce),
+    "stratified": LossEntry(StratifiedConfig, stratified_loss, choose_stratified),
+    "sampled_softmax": LossEntry(SampledSoftmaxConfig, sampled_softmax_loss, choose_sampled),
+    "bce": LossEntry(BCEConfig, bce_loss, choose_sampled),
+    "gbce": LossEntry(GBCEConfig, gbce_loss, choose_sampled),
 }
 
 

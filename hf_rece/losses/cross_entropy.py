@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from typing_extensions import Unpack
 
+from hf_rece.losses.budget import MEMORY_BUDGET, Choice, Levels, check_budget, choose
+from hf_rece.losses.estimates import Estimate, Pairs, Shape, estimate
 from hf_rece.losses.options import (
     CommonOptions,
     Options,
@@ -21,11 +23,21 @@ from hf_rece.ops.rows import OutputRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossEntropyConfig:
-    """Exact cross-entropy has no knobs."""
+    """Exact cross-entropy has no knobs but its memory."""
+
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
+
+    def __post_init__(self) -> None:
+        check_budget(self.memory_budget)
 
 
 def cross_entropy_loss(
-    hidden: Tensor, weight: Tensor | OutputRows, labels: Tensor, **common: Unpack[CommonOptions]
+    hidden: Tensor,
+    weight: Tensor | OutputRows,
+    labels: Tensor,
+    *,
+    memory_budget: int | str | None = None,
+    **common: Unpack[CommonOptions],
 ) -> Tensor:
     """Return the exact cross-entropy over all classes, in nats.
 
@@ -37,6 +49,7 @@ def cross_entropy_loss(
         hidden: (N, D) or (B, T, D) floating point.
         weight: (C, D) tensor or OutputRows.
         labels: (N,) or (B, T) integers, already aligned: no shift is applied.
+        memory_budget: bytes, or text such as "2GiB"; None for none. See hf_rece.losses.budget.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -59,9 +72,12 @@ def cross_entropy_loss(
         >>> round(cross_entropy_loss(hidden, weight, torch.arange(3)).item(), 4)
         0.5514
     """
+    config = CrossEntropyConfig(memory_budget=memory_budget)
     options = Options(**common)
     check_sparse_grad("cross_entropy", options)
     problem = prepare(hidden, weight, labels, options)
+    choice = choose_cross_entropy(config, problem.cost_shape(memory_budget), options.tile_bytes)
+    problem = replace(problem, tile_bytes=choice.tile_bytes)
     losses = separable_losses(problem)
     if losses is not None:
         return problem.reduce(losses)
@@ -73,3 +89,23 @@ def cross_entropy_loss(
     )
     label_logits, others = problem.stream(plan)
     return problem.reduce(softmax_loss(label_logits, others))
+
+
+def choose_cross_entropy(
+    config: CrossEntropyConfig, shape: Shape, tile_bytes: int | None = None
+) -> Choice[CrossEntropyConfig]:
+    """Return the tile that the budget allows, and what the loss costs."""
+
+    def cost(_: CrossEntropyConfig, tile: int) -> Estimate:
+        n_tokens, n_classes = shape.n_tokens, shape.n_classes
+        return estimate(
+            shape,
+            [Pairs(1, n_tokens, n_classes, as_slices=True)],
+            tile,
+            plan=4 * n_tokens,
+            n_skips=n_tokens,  # each token's own label
+            candidates=n_classes,
+        )
+
+    levels = Levels(top=0, config=lambda _: config, estimate=cost)
+    return choose(levels, config, shape, config.memory_budget, tile_bytes)

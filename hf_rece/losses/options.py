@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from hf_rece.errors import ArgumentError
+from hf_rece.losses.estimates import Shape
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
 from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
@@ -35,7 +36,8 @@ class CommonOptions(TypedDict, total=False):
         tokens; a Trainer passes the count over all micro-batches of one optimiser step.
     logit_scale: multiplies every logit.
     logit_softcap: c, caps a logit at c tanh(logit / c), after the scale.
-    tile_bytes: bytes of one tile of logits; None for the device's default. Larger tiles are fewer.
+    tile_bytes: bytes of one tile of logits; None for the device's default, or for what the loss's
+        memory_budget leaves. Larger tiles are fewer.
     backend: "auto" or "torch".
     generator: torch.Generator of the random draws, on the device of the hidden states.
     statistics: TokenStatistics to fill with the entropy and correctness of each token, or None.
@@ -144,6 +146,27 @@ class Problem:
             seen.entropy = self._spread(seen.entropy.float())
             seen.is_top1 = self._spread(seen.is_top1)
         return label_logits, merged
+
+    def cost_shape(self, memory_budget: int | str | None) -> Shape:
+        """Return the shape that decides cost.
+
+        Under a budget it is that of the labels as given, some of which may be ignored: the same
+        for every step of one shape, however many tokens carry a label.
+        """
+        grads = [tensor for tensor in self.rows.tensors() if tensor.requires_grad]
+        budgeted = memory_budget is not None
+        return Shape(
+            n_tokens=math.prod(self.shape) if budgeted else len(self.labels),
+            n_classes=self.rows.n_rows,
+            width=self.rows.width,
+            dtype=self.hidden.dtype,
+            device=self.hidden.device,
+            wants_hidden=self.hidden.requires_grad,
+            n_weights=sum(tensor.numel() for tensor in grads),
+            n_sequences=math.prod(self.shape[:-1]),
+            has_ignored=budgeted,
+            has_softcap=self.options.logit_softcap is not None,
+        )
 
     def sequence_ids(self) -> tuple[Tensor, int]:
         """Return the sequence (N,) of each token, and how many sequences the labels' shape has.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import TypeVar, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
+from hf_rece.losses.budget import MEMORY_BUDGET, Choice, Levels, check_budget, choose
 from hf_rece.losses.checks import check_at_least, check_choice
+from hf_rece.losses.estimates import Estimate, Pairs, Shape, estimate
 from hf_rece.losses.options import CommonOptions, Options, Problem, prepare, softmax_loss
 from hf_rece.ops.plan import Merge
 from hf_rece.ops.plans.sampled import Sampler, SharedBy, draw_negatives, sampled_plan
@@ -37,8 +39,10 @@ class SampledSoftmaxConfig:
         default=False,
         metadata={"help": "Weigh negatives by 1 / (K q), so that they stand for all classes."},
     )
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
 
     def __post_init__(self) -> None:
+        check_budget(self.memory_budget)
         _check_sampling(self.n_negatives, self.sampler, self.shared_by, get_args(Sampler))
         if self.sampler == "in_batch" and self.shared_by == "sequence":
             raise ArgumentError(
@@ -56,8 +60,10 @@ class BCEConfig:
     n_negatives: int = field(default=1, metadata=_N_NEGATIVES)
     sampler: Sampler = field(default="uniform", metadata=_SAMPLER)
     shared_by: SharedBy = field(default="batch", metadata=_SHARED_BY)
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
 
     def __post_init__(self) -> None:
+        check_budget(self.memory_budget)
         _check_sampling(self.n_negatives, self.sampler, self.shared_by, ("uniform", "log_uniform"))
 
 
@@ -74,11 +80,16 @@ class GBCEConfig:
             "help": "Calibration, 0 to 1: 0 is BCE, 1 undoes the overconfidence of sampling."
         },
     )
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
 
     def __post_init__(self) -> None:
+        check_budget(self.memory_budget)
         _check_sampling(self.n_negatives, self.sampler, self.shared_by, ("uniform", "log_uniform"))
         if not 0 <= self.t <= 1:
             raise ArgumentError("t", self.t, "out of range", "Pass a number from 0 to 1")
+
+
+Sampled = TypeVar("Sampled", bound=SampledSoftmaxConfig | BCEConfig | GBCEConfig)
 
 
 def sampled_softmax_loss(
@@ -90,6 +101,7 @@ def sampled_softmax_loss(
     sampler: Sampler = "uniform",
     shared_by: SharedBy = "batch",
     logq: bool = False,
+    memory_budget: int | str | None = None,
     **common: Unpack[CommonOptions],
 ) -> Tensor:
     """Return the cross-entropy over each token's label and its drawn negatives, in nats.
@@ -109,6 +121,7 @@ def sampled_softmax_loss(
         sampler: see SampledSoftmaxConfig.
         shared_by: see SampledSoftmaxConfig.
         logq: see SampledSoftmaxConfig.
+        memory_budget: bytes, or text such as "2GiB"; None for none. See hf_rece.losses.budget.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -133,11 +146,15 @@ def sampled_softmax_loss(
         probabilistic language model", equation 10; without logq the negatives-only variant of
         Klenitskiy and Vasilev, 2023, arXiv 2309.07602.
     """
-    SampledSoftmaxConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by, logq=logq)
-    problem = prepare(hidden, weight, labels, Options(**common))
-    label_logits, others = _stream_negatives(
-        problem, n_negatives, sampler, shared_by, logq, "logaddexp"
+    config = SampledSoftmaxConfig(
+        n_negatives=n_negatives,
+        sampler=sampler,
+        shared_by=shared_by,
+        logq=logq,
+        memory_budget=memory_budget,
     )
+    problem = prepare(hidden, weight, labels, Options(**common))
+    label_logits, others = _stream_negatives(problem, config, "logaddexp")
     return problem.reduce(softmax_loss(label_logits, others))
 
 
@@ -149,6 +166,7 @@ def bce_loss(
     n_negatives: int = 1,
     sampler: Sampler = "uniform",
     shared_by: SharedBy = "batch",
+    memory_budget: int | str | None = None,
     **common: Unpack[CommonOptions],
 ) -> Tensor:
     """Return the binary cross-entropy of label against negatives, averaged, in nats.
@@ -164,6 +182,7 @@ def bce_loss(
         n_negatives: see BCEConfig.
         sampler: see BCEConfig.
         shared_by: see BCEConfig.
+        memory_budget: bytes, or text such as "2GiB"; None for none. See hf_rece.losses.budget.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -185,9 +204,14 @@ def bce_loss(
     Reference:
         Kang and McAuley, 2018, arXiv 1808.09781, equation 7, there with one negative.
     """
-    BCEConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by)
+    config = BCEConfig(
+        n_negatives=n_negatives,
+        sampler=sampler,
+        shared_by=shared_by,
+        memory_budget=memory_budget,
+    )
     problem = prepare(hidden, weight, labels, Options(**common))
-    label_logits, others = _stream_negatives(problem, n_negatives, sampler, shared_by, False, "sum")
+    label_logits, others = _stream_negatives(problem, config, "sum")
     return problem.reduce((F.softplus(-label_logits) + others) / (n_negatives + 1))
 
 
@@ -200,6 +224,7 @@ def gbce_loss(
     sampler: Sampler = "uniform",
     shared_by: SharedBy = "batch",
     t: float = 0.75,
+    memory_budget: int | str | None = None,
     **common: Unpack[CommonOptions],
 ) -> Tensor:
     """Return the generalised binary cross-entropy, in nats.
@@ -217,6 +242,7 @@ def gbce_loss(
         sampler: see GBCEConfig.
         shared_by: see GBCEConfig.
         t: see GBCEConfig.
+        memory_budget: bytes, or text such as "2GiB"; None for none. See hf_rece.losses.budget.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -239,33 +265,56 @@ def gbce_loss(
         Petrov and Macdonald, 2023, arXiv 2308.07192, equations 13 and 14. C here leaves out the
         excluded classes.
     """
-    GBCEConfig(n_negatives=n_negatives, sampler=sampler, shared_by=shared_by, t=t)
+    config = GBCEConfig(
+        n_negatives=n_negatives,
+        sampler=sampler,
+        shared_by=shared_by,
+        t=t,
+        memory_budget=memory_budget,
+    )
     problem = prepare(hidden, weight, labels, Options(**common))
-    label_logits, others = _stream_negatives(problem, n_negatives, sampler, shared_by, False, "sum")
+    label_logits, others = _stream_negatives(problem, config, "sum")
     n_excluded = 0 if problem.excluded_ids is None else len(problem.excluded_ids)
     alpha = n_negatives / max(problem.rows.n_rows - n_excluded - 1, 1)
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
     return problem.reduce((beta * F.softplus(-label_logits) + others) / (n_negatives + 1))
 
 
+def choose_sampled(config: Sampled, shape: Shape, tile_bytes: int | None = None) -> Choice[Sampled]:
+    """Return the tile that the budget allows, and what a loss over negatives costs."""
+
+    def cost(_: Sampled, tile: int) -> Estimate:
+        n_tokens, n_negatives = shape.n_tokens, config.n_negatives
+        n_draws = max(1, shape.n_sequences) if config.shared_by == "sequence" else 1
+        drawn = n_draws * n_negatives
+        return estimate(
+            shape,
+            [Pairs(n_draws, -(-n_tokens // n_draws), n_negatives, has_drops=True)],
+            tile,
+            plan=4 * n_tokens + 8 * n_tokens + 8 * drawn,  # and labels; ids, log-weights
+            search=24 * drawn,
+            candidates=n_negatives,
+        )
+
+    levels = Levels(top=0, config=lambda _: config, estimate=cost)
+    return choose(levels, config, shape, config.memory_budget, tile_bytes)
+
+
 def _stream_negatives(
-    problem: Problem,
-    n_negatives: int,
-    sampler: Sampler,
-    shared_by: SharedBy,
-    logq: bool,
-    merge: Merge,
+    problem: Problem, config: SampledSoftmaxConfig | BCEConfig | GBCEConfig, merge: Merge
 ) -> tuple[Tensor, Tensor]:
     sequence_ids, n_draws = None, 1
-    if shared_by == "sequence":
+    if config.shared_by == "sequence":
         sequence_ids, n_draws = problem.sequence_ids()
+    shape = problem.cost_shape(config.memory_budget)
+    tile_bytes = choose_sampled(config, shape, problem.options.tile_bytes).tile_bytes
     negatives = draw_negatives(
         problem.labels,
         problem.rows.n_rows,
-        n_negatives=n_negatives,
-        sampler=sampler,
+        n_negatives=config.n_negatives,
+        sampler=config.sampler,
         n_draws=n_draws,
-        logq=logq,
+        logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
         excluded_ids=problem.excluded_ids,
         generator=problem.options.generator,
     )
@@ -275,7 +324,7 @@ def _stream_negatives(
         negatives,
         sequence_ids=sequence_ids,
         merge=merge,
-        tile_bytes=problem.tile_bytes,
+        tile_bytes=tile_bytes,
     )
     return problem.stream(plan)
 

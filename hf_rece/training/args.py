@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
+from hf_rece.losses.budget import MEMORY_BUDGET, check_budget
 
 
 @dataclass
@@ -20,7 +21,7 @@ class LargeVocabTrainingArguments(TrainingArguments):
     With metric_for_best_model="eval_perplexity", lower is better, unless greater_is_better is set.
 
     Raises:
-        ArgumentError: for an unknown loss or knob, or knobs without a loss.
+        ArgumentError: for an unknown loss or knob, knobs without a loss, or two memory budgets.
     """
 
     loss_type: str | None = field(
@@ -33,6 +34,7 @@ class LargeVocabTrainingArguments(TrainingArguments):
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Knobs of the loss as JSON, such as '{\"n_rounds\": 4}'."}
     )
+    memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_kwargs, str):  # from the command line
@@ -47,13 +49,26 @@ class LargeVocabTrainingArguments(TrainingArguments):
             raise ArgumentError(
                 "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"
             )
+        check_budget(self.memory_budget)
+        if self.memory_budget is not None and "memory_budget" in (self.loss_kwargs or {}):
+            raise ArgumentError(
+                "memory_budget", self.memory_budget, "loss_kwargs has one too", "Pass one of them"
+            )
         if self.loss_of_head is not None:
-            build_loss(self.loss_of_head, **(self.loss_kwargs or {}))
+            build_loss(self.loss_of_head, **self.loss_knobs)
 
     @property
     def loss_of_head(self) -> str | None:
         """Name in LOSSES of what the head computes."""
         return self.loss_type
+
+    @property
+    def loss_knobs(self) -> dict[str, Any]:
+        """Knobs of the loss, its memory budget included."""
+        knobs: Any = self.loss_kwargs or {}
+        return (
+            knobs if self.memory_budget is None else {**knobs, "memory_budget": self.memory_budget}
+        )
 
 
 def _is_perplexity(metric: str | None) -> bool:

@@ -68,20 +68,33 @@ class LargeVocabTrainer(SparseGradients, ExactEvaluation):
 def set_loss(model: nn.Module, args: LargeVocabTrainingArguments) -> None:
     """Make `model` train by the loss that `args` name, if they name one; works in place.
 
+    A memory budget without a loss is that of the loss which the model has.
+
     Raises:
         ArgumentError: as replace_output_head.
     """
-    loss = args.loss_of_head
-    if loss is None:
-        return
+    loss, knobs = args.loss_of_head, args.loss_knobs
     config: Any = getattr(model, "config", None)
+    if loss is None:
+        if not knobs:
+            return
+        loss, knobs = _own_loss(model, knobs)
     if hasattr(config, "loss_kwargs"):
-        config.loss_type, config.loss_kwargs = loss, args.loss_kwargs
+        config.loss_type, config.loss_kwargs = loss, knobs or None
         return
-    knobs = cast("dict[str, Any]", args.loss_kwargs or {})
     # What prepared the model in the meantime stays around the head that is there.
     set_head = replace_output_head if find_head(model) is None else change_head_loss
     set_head(model, loss, **knobs)
+
+
+def _own_loss(model: nn.Module, knobs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the loss that `model` has, with its own knobs and these."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "loss_kwargs"):
+        return config.loss_type, {**(config.loss_kwargs or {}), **knobs}
+    head = find_head(model)
+    own = {"loss_type": "cross_entropy"} if head is None else head.loss.to_dict()
+    return own.pop("loss_type"), {**own, **knobs}
 
 
 class RecommenderTrainer(LargeVocabTrainer):

@@ -1,0 +1,274 @@
+"""What a loss costs, from its shape alone: peak memory, floating point operations, candidates.
+
+The peak is that of loss + backward above hidden states and table. Its terms, each a method or
+function below, follow the tensors that are alive at the two moments that can be the peak:
+
+    search      while the plan is built: directions, sorts, top-k buffers; no gradient is there yet
+    backward    the gradients, the plan, what the walk knows of skipped pairs, and a tile
+
+Both hold the values that are kept for each token, and what the libraries load. Letters as in
+hf_rece.ops: N tokens, C classes, D width, K asked for, G groups of n tokens and m classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_rece.ops.plan import MIN_TILE_SIDE, tile_shape
+from hf_rece.ops.rows import accumulation_dtype
+
+_INT32, _INT64 = 4, 8
+# Measured on CPUs: what oneDNN and MKL compile, load and keep once a process, at most 10 MiB. A GPU's
+# allocator counts tensors only.
+LIBRARY_BYTES = {"cpu": 3 * 2**20}
+LIBRARY_BYTES_AT_MOST = {"cpu": 10 * 2**20}
+# label logit, running maximum, sum, merge, its copies for autograd and backward, gradients of both.
+_VALUES_A_TOKEN = 8
+# streamed_topk searches for so many hidden states at once.
+_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a problem, as far as it decides cost.
+
+    Args:
+        n_tokens: N.
+        n_classes: C.
+        width: D.
+        dtype: of hidden states and table.
+        device: torch.device or its name; the tile's default size depends on it.
+        wants_hidden: hidden states want a gradient.
+        n_weights: numbers in the table that want a gradient; None for all of a dense one, C D.
+        n_sequences: rows of a batch, for negatives that each row draws.
+        has_ignored: some tokens carry no label, so that the others are copied.
+        has_softcap: logits are capped.
+    """
+
+    n_tokens: int
+    n_classes: int
+    width: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    wants_hidden: bool = True
+    n_weights: int | None = None
+    n_sequences: int = 1
+    has_ignored: bool = False
+    has_softcap: bool = False
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number of the inputs."""
+        return self.dtype.itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in the accumulation dtype."""
+        return accumulation_dtype(self.dtype).itemsize
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the table that want a gradient."""
+        return self.n_classes * self.width if self.n_weights is None else self.n_weights
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients: accumulated, and returned in the inputs' dtype if another."""
+        numbers = self.weights + self.wants_hidden * self.n_tokens * self.width
+        return numbers * (self.wide + (self.item if self.item != self.wide else 0))
+
+    @property
+    def tile_factor(self) -> float:
+        """Peak bytes of a walk for each byte of a tile, at most; see walk_bytes."""
+        # Logits of two tiles, a byte a pair for drops, and two more tiles for the cap's slope.
+        return (4.25 if self.has_softcap else 2.25) * self.wide / 4
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A grid of the plan, by its size.
+
+    Args:
+        n_groups: G.
+        n: tokens a group.
+        m: classes a group.
+        as_slices: all classes in order, read in place rather than gathered.
+        has_drops: a byte a pair says which to drop.
+        whole_rows: groups are compared by their whole log-sum-exp, so classes are not split.
+    """
+
+    n_groups: int
+    n: int
+    m: int
+    as_slices: bool = False
+    has_drops: bool = False
+    whole_rows: bool = False
+
+    @property
+    def count(self) -> int:
+        """Pairs that are scored, padding included."""
+        return self.n_groups * self.n * self.m
+
+    def tile(self, width: int, tile_bytes: int) -> tuple[int, int, int]:
+        """Return how many groups, tokens and classes a tile holds, as ops.plan.walk cuts it."""
+        groups, n, m = tile_shape(self.n_groups, self.n, self.m, width, tile_bytes)
+        if self.whole_rows and m < self.m:
+            n, m = max(1, min(self.n, tile_bytes // (4 * (self.m + width)))), self.m
+        return groups, n, m
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a loss costs.
+
+    Args:
+        terms: bytes by name. "plan", "tokens" and "libraries" are there all the time; beside them
+            either "search", or "gradients", "skips" and "tile".
+        bound: bytes that are not exceeded, however the tile's size is divided: for budgets.
+        flops: floating point operations of forward and backward, a multiplication and an addition
+            being two.
+        candidates: classes that a token is scored against, at most.
+    """
+
+    terms: dict[str, int]
+    bound: int
+    flops: int
+    candidates: int
+
+    @property
+    def bytes(self) -> int:
+        """Extra peak of loss + backward."""
+        return _peak(self.terms)
+
+
+def _peak(terms: dict[str, int]) -> int:
+    backward = terms["gradients"] + terms["skips"] + terms["tile"]
+    return terms["plan"] + terms["tokens"] + terms["libraries"] + max(backward, terms["search"])
+
+
+def walk_bytes(shape: Shape, pairs: Pairs, tile_bytes: int) -> int:
+    """Return the peak bytes of walking a grid backward, beside the gradients.
+
+    While a tile's logits are made, the logits of the tile before are still there; while its
+    gradients are added, its states three times and its rows twice.
+    """
+    groups, n, m = pairs.tile(shape.width, tile_bytes)
+    in_place = pairs.as_slices and shape.item == shape.wide
+    logits = groups * n * m
+    states, rows = groups * n * shape.width, groups * m * shape.width
+    read = states + (0 if in_place else rows)
+    raw = 0 if shape.item == shape.wide else (states + rows) * shape.item
+    moments = (
+        shape.wide * (logits + 2 * read) + raw,
+        shape.wide * ((4 if shape.has_softcap else 2) * logits + read),
+        shape.wide * (logits + read + 2 * states + rows),
+    )
+    return max(moments) + pairs.has_drops * logits + _INT64 * groups * (2 * n + m)
+
+
+def estimate(
+    shape: Shape,
+    grids: Sequence[Pairs],
+    tile_bytes: int,
+    *,
+    plan: int,
+    n_skips: int = 0,
+    search: int = 0,
+    walk: int = 0,
+    search_flops: int = 0,
+    candidates: int,
+) -> Estimate:
+    """Return the cost of a plan.
+
+    Args:
+        shape: of the problem.
+        grids: the pairs that are scored.
+        tile_bytes: bytes of a tile.
+        plan: bytes that the plan keeps until the end of backward.
+        n_skips: single pairs that grids drop.
+        search: bytes of the search at its peak, beside what is kept.
+        walk: bytes that backward needs before the first tile.
+        search_flops: operations of the search.
+        candidates: classes that a token is scored against.
+    """
+    n_tokens, width = shape.n_tokens, shape.width
+    copies = shape.has_ignored * 2 * n_tokens * width * shape.item  # of the states, and gradient
+    terms = {
+        "gradients": shape.gradient_bytes,
+        "tile": max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids)),
+        # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
+        "skips": n_skips * 6 * _INT64,
+        "plan": plan + n_skips * 3 * _INT64,
+        "tokens": n_tokens * (_VALUES_A_TOKEN * shape.wide + _INT64) + copies,
+        "search": search,
+        "libraries": LIBRARY_BYTES.get(shape.device.type, 0),
+    }
+    least = max(walk, *(walk_bytes(shape, grid, 1) for grid in grids))
+    largest = {
+        **terms,
+        "tile": least + int(shape.tile_factor * tile_bytes),
+        "libraries": LIBRARY_BYTES_AT_MOST.get(shape.device.type, 0),
+    }
+    products = 2 + shape.wants_hidden + (shape.weights > 0)  # forward, again, a gradient each
+    pairs = sum(grid.count for grid in grids)
+    return Estimate(
+        terms=terms,
+        bound=_peak(largest),
+        flops=products * 2 * width * pairs + search_flops,
+        candidates=max(1, min(candidates, shape.n_classes)),
+    )
+
+
+def dense_estimate(shape: Shape) -> Estimate:
+    """Return the cost of torch.nn.functional.cross_entropy(hidden @ weight.T, labels).
+
+    At the peak three tensors of (N, C) are alive: the log-softmax, its gradient, and the gradient
+    of the logits. The last is still there while the gradients of states and table are made.
+    """
+    n_tokens, n_classes = shape.n_tokens, shape.n_classes
+    logits = n_tokens * n_classes * shape.item
+    wanted = shape.weights + shape.wants_hidden * n_tokens * shape.width
+    terms = {
+        "gradients": wanted * shape.item,
+        "tile": logits,
+        "skips": 0,
+        "plan": 0,
+        "tokens": n_tokens * 2 * shape.item,
+        "search": 3 * logits,
+        "libraries": LIBRARY_BYTES.get(shape.device.type, 0),
+    }
+    products = 1 + shape.wants_hidden + (shape.weights > 0)
+    flops = products * 2 * n_tokens * n_classes * shape.width
+    return Estimate(terms, _peak(terms), flops, n_classes)
+
+
+def topk_bytes(shape: Shape, n_queries: int, k: int, n_rows: int, tile_bytes: int) -> int:
+    """Return the peak bytes of ops.topk.streamed_topk.
+
+    Args:
+        shape: of the problem.
+        n_queries: hidden states that are searched for.
+        k: rows asked for.
+        n_rows: rows that are searched.
+        tile_bytes: bytes of a tile.
+    """
+    found = shape.wide + _INT64  # score and id
+    block = min(n_queries, _QUERIES)
+    # A block's best, hits not yet sorted in, the union of the two, and the best of that; or all
+    # results twice, while those of the blocks are joined.
+    buffers = k * found * max((n_queries - block) + block * (1 + 1 + 2 + 1), 2 * n_queries)
+    step = max(tile_bytes // (4 * (block + shape.width)), MIN_TILE_SIDE)
+    step = min(step, n_rows)
+    # Two tiles of scores, a byte a score for hits.
+    return buffers + step * (block * (2 * shape.wide + 1) + 2 * shape.width * shape.wide)
+
+
+def hash_bytes(shape: Shape, n_vectors: int, n_directions: int, tile_bytes: int) -> int:
+    """Return the peak bytes of ops.lsh: bucket, stable sort and places of `n_vectors` vectors."""
+    directions = 2 * (n_directions + 32) * shape.width * shape.wide  # drawn, and in whole lanes
+    tile = min(tile_bytes, 8 * n_vectors * (n_directions + 32 + shape.width))
+    # Buckets, their order as int64 and int32, places.
+    return directions + tile + n_vectors * (2 * _INT64 + 3 * _INT32)
