@@ -25,9 +25,10 @@ _UNITS = {
     **{f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")},
 }
 _BY_LOWER_CASE = {unit.lower(): unit for unit in _UNITS}
-# Larger tiles are faster up to the device's default, more candidates are better: to candidates goes
-# what the tile leaves.
-_TILE_SHARE = 8
+# Larger tiles are faster up to the device's default, more candidates are better: a tile gets this
+# share of what is left, candidates the rest. Each byte of a tile is several at the peak, at most
+# 8.5; without candidates at most Shape.tile_factor, or 4.5 in the search for a plan.
+_TILE_SHARE, _TILE_SHARE_ALONE = 1 / 10, 1 / 4.5
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def choose(
 ) -> Choice[Config]:
     """Return the configuration and tile that a loss runs with.
 
-    Without a budget these are `default` and the device's tile. With one, a tile may take an eighth
-    of what the smallest candidate sets leave (all of it, where no knob is left to choose), at most
-    the device's default, and candidate sets are the largest that fit beside it. A `tile_bytes` that
+    Without a budget these are `default` and the device's tile. With one, tile_bytes is a tenth
+    of what the smallest candidate sets leave (more, where no knob is left to choose), at most the
+    device's default, and candidate sets are the largest that fit beside it. A `tile_bytes` that
     is given is kept. Depends on nothing but the arguments, and a larger budget never gives fewer
     candidates.
 
@@ -133,9 +134,9 @@ def choose(
     if floor > budget:
         raise _too_small(memory_budget, floor, unit, shape)
     if tile_bytes is None:
-        share = _TILE_SHARE if levels.top else shape.tile_factor
+        share = _TILE_SHARE if levels.top else min(_TILE_SHARE_ALONE, 1 / shape.tile_factor)
         largest = resolve_tile_bytes(None, shape.device)
-        tile = max(1, min(largest, int((budget - floor) / share)))
+        tile = max(1, min(largest, int((budget - floor) * share)))
 
     def fits(config: Config) -> bool:
         return levels.estimate(config, tile).bound <= budget

@@ -21,8 +21,8 @@ from hf_rece.ops.plan import MIN_TILE_SIDE, tile_shape
 from hf_rece.ops.rows import accumulation_dtype
 
 _INT32, _INT64 = 4, 8
-# Measured on CPUs: what oneDNN and MKL compile, load and keep once a process, at most 10 MiB. A GPU's
-# allocator counts tensors only.
+# Measured on CPUs: what oneDNN and MKL compile, load and keep once a process. A GPU's allocator
+# counts tensors only.
 LIBRARY_BYTES = {"cpu": 3 * 2**20}
 LIBRARY_BYTES_AT_MOST = {"cpu": 10 * 2**20}
 # label logit, running maximum, sum, merge, its copies for autograd and backward, gradients of both.

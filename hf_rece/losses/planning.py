@@ -77,7 +77,7 @@ def plan_losses(
         check_at_least(name, value, 1)
     check_choice("dtype", dtype, tuple(DTYPES))
     check_choice("device", device, ("cpu", "cuda"))
-    names = get_args(LossName) if losses is None else losses
+    names: Sequence[Any] = get_args(LossName) if losses is None else losses
     unknown = [name for name in names if name not in LOSSES]
     if unknown:
         raise ArgumentError(

@@ -96,8 +96,10 @@ def rece_loss(
         n_rounds: see RECEConfig.
         directions: (n_rounds, n_buckets, D) to use instead of drawing; sets both numbers.
         memory_budget: bytes, or text such as "2GiB"; None for none. It raises n_extra_chunks, or
-            lowers n_buckets where that alone is free, until all pairs are scored once: from there
-            on, where n_buckets is free, the loss is the exact one. See hf_rece.losses.budget.
+            lowers n_buckets where that alone is free, until as many pairs are scored as there are:
+            from there on, where n_buckets is free, the loss is the exact one. Candidates take
+            little memory but time: to bound the time, pass n_buckets and n_extra_chunks. See
+            hf_rece.losses.budget.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -211,10 +213,12 @@ def _cost(config: RECEConfig, shape: Shape, tile_bytes: int) -> Estimate:
     n_tokens, n_classes, n_buckets = shape.n_tokens, shape.n_classes, config.n_buckets or 1
     n_chunks = max(1, n_buckets // config.buckets_per_chunk)
     n_rounds = config.n_rounds if n_chunks > 1 else 1
-    window = 1 + 2 * min(config.n_extra_chunks or 0, n_chunks - 1)
-    tokens, classes = window * -(-n_tokens // n_chunks), -(-n_classes // n_chunks)
+    reach = min(config.n_extra_chunks or 0, n_chunks - 1)
+    window, size = 1 + 2 * reach, -(-n_tokens // n_chunks)
+    tokens, classes = window * size, -(-n_classes // n_chunks)
     numbers = 2 if n_chunks < 2**15 else 4  # bytes of a chunk's number
-    tables = n_rounds * n_chunks * (tokens + classes) * 4
+    # Windows are overlapping views of one order of the tokens, padded at both ends.
+    table = 4 * ((n_chunks + 2 * reach) * size + n_chunks * classes)
     earlier = (n_rounds - 1) * (n_tokens + n_classes) * numbers
     skips = (n_rounds - 1) * n_tokens * 24  # of the rounds that are not being walked
     directions = (config.n_rounds - 1) * n_buckets * shape.width * shape.wide
@@ -223,9 +227,9 @@ def _cost(config: RECEConfig, shape: Shape, tile_bytes: int) -> Estimate:
         shape,
         [Pairs(n_chunks, tokens, classes, has_drops=n_rounds > 1)] * n_rounds,
         tile_bytes,
-        plan=tables + earlier + skips,
+        plan=n_rounds * table + earlier + skips,
         n_skips=n_tokens,  # a label that is met
-        search=directions + hashing + 2 * n_chunks * tokens * 4,
+        search=directions + hashing + table,
         search_flops=n_rounds * 2 * shape.width * n_buckets * (n_tokens + n_classes),
         candidates=n_rounds * window * classes,
     )

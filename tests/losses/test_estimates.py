@@ -1,0 +1,122 @@
+"""What the model of memory says, against measured peaks and against what must hold of it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_rece.losses import LOSSES
+from hf_rece.losses.estimates import Shape, dense_estimate
+from hf_rece.losses.planning import human_bytes, human_flops, plan_losses
+from tests.losses.peaks import ALLOCATOR
+
+ROOT = Path(__file__).resolve().parents[2]
+NARROW, WIDE = (4096, 100_000, 64), (2048, 20_000, 256)
+CASES = [
+    ("dense", {}, 1024, 20_000, 64),
+    ("dense", {}, 512, 20_000, 256),
+    ("cross_entropy", {}, 1024, 100_000, 64),
+    ("cross_entropy", {}, *WIDE),
+    *((name, {}, *shape) for name in LOSSES if name != "cross_entropy" for shape in (NARROW, WIDE)),
+    ("stratified", {"memory_budget": "60MiB"}, *NARROW),
+    ("sce", {"memory_budget": "60MiB"}, *NARROW),
+    ("rece", {"memory_budget": "60MiB", "n_buckets": 300}, 1024, 100_000, 64),
+]
+
+
+def predicted_mib(name, knobs, *numbers):
+    shape = Shape(*numbers)
+    if name == "dense":
+        return dense_estimate(shape).bytes / 2**20
+    entry = LOSSES[name]
+    choice = entry.choose(entry.config(**knobs), replace(shape, has_ignored=bool(knobs)))
+    config = replace(choice.config, memory_budget=None)
+    return entry.choose(config, shape, choice.tile_bytes).estimate.bytes / 2**20
+
+
+@pytest.fixture(scope="module")
+def measured():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks are read from Linux's /proc")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.losses.peaks", json.dumps(CASES)],
+        cwd=ROOT,
+        env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def one_thread():
+    # The number of threads shapes the tiles.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join(map(str, CASES[n])))
+def test_peaks_are_predicted_within_15_percent(number, measured):
+    peak, predicted = measured[number], predicted_mib(*CASES[number])
+    assert peak > 20
+    assert abs(predicted / peak - 1) <= 0.15, f"predicted {predicted:.1f}, measured {peak:.1f} MiB"
+    budget = CASES[number][1].get("memory_budget")
+    assert budget is None or peak <= int(budget.removesuffix("MiB"))
+
+
+# ------------------------------------------------------------------------------ the model itself
+
+
+def test_half_precision_halves_no_accumulation():
+    for half, single in zip(
+        plan_losses(4096, 100_000, 64, dtype="bfloat16"),
+        plan_losses(4096, 100_000, 64),
+        strict=True,
+    ):
+        share = 1 / 2 if half.loss == "dense" else 3 / 2  # float32 sums beside what is returned
+        assert half.terms["gradients"] == share * single.terms["gradients"]
+
+
+def test_what_wants_no_gradient_costs_none():
+    shape = Shape(4096, 100_000, 64)
+    frozen = replace(shape, n_weights=0)
+    choose = LOSSES["cross_entropy"].choose
+    config = LOSSES["cross_entropy"].config()
+    trained, rest = choose(config, shape).estimate, choose(config, frozen).estimate
+    assert rest.terms["gradients"] == 4096 * 64 * 4
+    assert rest.flops * 4 == trained.flops * 3
+
+
+def test_operations_of_dense_are_three_products():
+    assert dense_estimate(Shape(10, 100, 8)).flops == 3 * 2 * 10 * 100 * 8
+
+
+def test_plans_name_knobs_and_ratios():
+    dense, exact, rece = plan_losses(4096, 100_000, 64, losses=["cross_entropy", "rece"])
+    assert (dense.bytes_over_dense, exact.candidates) == (1, 100_000)
+    assert exact.flops_over_dense == pytest.approx(4 / 3)
+    assert rece.knobs["n_extra_chunks"] == 1
+    assert rece.bytes == pytest.approx(dense.bytes * rece.bytes_over_dense)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0.00 B"), (1023, "1,023 B"), (2**30, "1.00 GiB"), (2**60, "1,048,576 TiB")],
+)
+def test_bytes_for_humans(value, shown):
+    assert human_bytes(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(999, "999 FLOP"), (13.1e12, "13.1 TFLOP")])
+def test_flops_for_humans(value, shown):
+    assert human_flops(value) == shown
