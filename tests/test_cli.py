@@ -1,14 +1,16 @@
 """`hf-rece` from the shell."""
 
 import json
+from dataclasses import asdict
 
 import polars as pl
 import pytest
 import torch
 
-from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli
+from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli, plan_losses
 from hf_rece.embeddings.digits import own_codes
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.losses import LOSSES
 
 QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
 
@@ -190,6 +192,52 @@ def test_recommend_needs_a_history(tmp_path):
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no\.csv: no such file"):
         cli.train(["--train_file", str(tmp_path / "no.csv"), "--output_dir", str(tmp_path)])
+
+
+SHAPE = ["--classes", "100000", "--tokens", "4096", "--width", "64"]
+
+
+def test_plan_shows_every_loss_beside_dense(capsys):
+    cli.plan([*SHAPE, "--memory_budget", "60MiB"])
+    shown = capsys.readouterr().out
+    for word in ("dense", *LOSSES, "N=4,096, C=100,000, D=64", "4.58 GiB", "157 GFLOP", "n_hard="):
+        assert word in shown, word
+
+
+def test_plan_as_json_holds_the_rows_of_plan_losses(capsys):
+    words = ["--dtype", "bfloat16", "--device", "cuda", "--losses", "rece", "gbce", "--json"]
+    cli.plan([*SHAPE, *words])
+    rows = json.loads(capsys.readouterr().out)
+    plans = plan_losses(4096, 100_000, 64, dtype="bfloat16", device="cuda", losses=["rece", "gbce"])
+    assert rows == [asdict(plan) for plan in plans]
+    assert [row["loss"] for row in rows] == ["dense", "rece", "gbce"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--losses", "recee"], r"losses=\['recee'\].*rece, sce"),
+        (["--dtype", "int8"], "dtype='int8'.*float32"),
+        (["--device", "tpu"], "device='tpu'.*cuda"),
+        (["--memory_budget", "1 MiB"], "memory_budget='1 MiB'.*at least"),
+        (["--memory_budget", "much"], "memory_budget='much'.*2GiB"),
+        (["--width", "0"], "width=0"),
+    ],
+)
+def test_plan_names_what_is_wrong(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        cli.plan([*SHAPE, *words])
+
+
+def test_a_memory_budget_trains_from_yaml_and_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("memory_budget: 64MiB\nloss_type: stratified\n")
+    (training,) = cli.parse((cli.TrainDefaults,), [str(path)], "train")
+    assert training.loss_knobs == {"memory_budget": "64MiB"}
+    words = ["--memory_budget", "100000000", "--output_dir", str(tmp_path / "run")]
+    cli.train([*QUICK, *words, "--loss_type", "rece", "--max_steps", "2"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["loss_kwargs"] == {"memory_budget": "100000000"}
 
 
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 0), (["fly"], 2)])

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from hf_rece import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,6 +19,20 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_plan_that_is_shown_is_what_the_command_prints(monkeypatch, capsys):
+    ((command, shown),) = re.findall(
+        r"```bash\n(hf-rece plan .*?)\n```\n\n```text\n(.*?)```", README, re.DOTALL
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", command.split())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads shape the tiles
+    cli.main()
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in printed] == shown.splitlines()
 
 
 def test_ci_runs_the_test_command_of_the_readme():

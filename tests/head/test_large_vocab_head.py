@@ -65,6 +65,8 @@ def test_knobs_reach_the_loss():
     assert head.loss.to_dict()["n_rounds"] == 4
     assert head.loss.to_dict()["tile_bytes"] == 1 << 20
     assert "n_rounds" in repr(head)
+    budgeted = LargeVocabHead(RECEConfig(memory_budget="2GiB"))
+    assert budgeted.loss == LargeVocabHead("rece", memory_budget="2GiB").loss
 
 
 def test_a_config_object_names_its_loss():

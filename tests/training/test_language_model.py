@@ -8,7 +8,13 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_rece import ArgumentError, LargeVocabTrainer, LargeVocabTrainingArguments, find_head
+from hf_rece import (
+    ArgumentError,
+    LargeVocabTrainer,
+    LargeVocabTrainingArguments,
+    find_head,
+    replace_output_head,
+)
 from tests.processes import findings_of_two_processes
 
 VOCABULARY = 99
@@ -270,3 +276,14 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
         for got, want in zip(found, wanted, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
         assert total == pytest.approx(weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", [None, "stratified"])
+def test_a_memory_budget_reaches_the_head_of_a_language_model(loss_type, tmp_path):
+    model = replace_output_head(language_model(), "rece", n_rounds=1)
+    trainer = trainer_of(model, tmp_path, loss_type=loss_type, memory_budget="1GiB", max_steps=1)
+    trainer.train()
+    loss = find_head(trainer.model).loss
+    assert loss.loss_type == (loss_type or "rece")
+    assert loss.config.memory_budget == "1GiB"
+    assert loss_type or loss.config.n_rounds == 1

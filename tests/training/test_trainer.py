@@ -18,6 +18,7 @@ from hf_rece.training.trainer import (
     LargeVocabTrainer,
     RecommenderTrainer,
     most_popular_metrics,
+    set_loss,
 )
 from tests.processes import findings_of_two_processes
 
@@ -195,7 +196,38 @@ def test_most_popular_equals_a_model_that_scores_by_popularity(data, tmp_path):
             assert metrics[f"{name}@{k}"] == pytest.approx(wanted[f"eval_{name}@{k}"], abs=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", [None, "stratified"])
+def test_a_memory_budget_reaches_the_loss_of_a_recommender(loss_type, tmp_path):
+    model = RecommenderModel(
+        RecommenderConfig(vocab_size=20, loss_type="rece", loss_kwargs={"n_rounds": 1})
+    )
+    args = LargeVocabTrainingArguments(
+        output_dir=str(tmp_path), loss_type=loss_type, memory_budget="1GiB"
+    )
+    set_loss(model, args)
+    own = {} if loss_type else {"n_rounds": 1}
+    model.save_pretrained(tmp_path)
+    config = RecommenderConfig.from_pretrained(tmp_path)
+    assert config.loss_type == (loss_type or "rece")
+    assert config.loss_kwargs == {**own, "memory_budget": "1GiB"}
+
+
 # ------------------------------------------------------------------------------------- bad input
+
+
+def test_two_memory_budgets_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"memory_budget='1GiB': loss_kwargs has one too"):
+        LargeVocabTrainingArguments(
+            output_dir=str(tmp_path),
+            loss_type="rece",
+            loss_kwargs={"memory_budget": "2GiB"},
+            memory_budget="1GiB",
+        )
+
+
+def test_a_memory_budget_that_is_no_amount_is_refused_without_a_loss(tmp_path):
+    with pytest.raises(ArgumentError, match="memory_budget='lots'"):
+        LargeVocabTrainingArguments(output_dir=str(tmp_path), memory_budget="lots")
 
 
 def test_knobs_need_a_loss(tmp_path):
