@@ -13,7 +13,7 @@ hf_rece.ops: N tokens, C classes, D width, K asked for, G groups of n tokens and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,6 +46,7 @@ class Shape:
         n_sequences: rows of a batch, for negatives that each row draws.
         has_ignored: some tokens carry no label, so that the others are copied.
         has_softcap: logits are capped.
+        sparse_grad: the table's gradient holds the rows that are touched, and no others.
     """
 
     n_tokens: int
@@ -58,6 +59,7 @@ class Shape:
     n_sequences: int = 1
     has_ignored: bool = False
     has_softcap: bool = False
+    sparse_grad: bool = False
 
     @property
     def item(self) -> int:
@@ -195,6 +197,13 @@ def estimate(
         candidates: classes that a token is scored against.
     """
     n_tokens, width = shape.n_tokens, shape.width
+    if shape.sparse_grad:
+        # Labels and scored classes are rows of a problem of their own: found by a sort, and copied.
+        gathered = sum(grid.n_groups * grid.m for grid in grids) + n_tokens
+        touched = min(shape.n_classes, gathered)
+        shape = replace(shape, n_weights=touched * width * (shape.weights > 0))
+        search += 5 * _INT64 * gathered
+        plan += touched * (width * shape.item + _INT64)
     copies = shape.has_ignored * 2 * n_tokens * width * shape.item  # of the states, and gradient
     terms = {
         "gradients": shape.gradient_bytes,

@@ -166,6 +166,7 @@ class Problem:
             n_sequences=math.prod(self.shape[:-1]),
             has_ignored=budgeted,
             has_softcap=self.options.logit_softcap is not None,
+            sparse_grad=self.options.sparse_grad,
         )
 
     def sequence_ids(self) -> tuple[Tensor, int]:

@@ -97,6 +97,19 @@ def test_what_wants_no_gradient_costs_none():
     assert rest.flops * 4 == trained.flops * 3
 
 
+@pytest.mark.parametrize("name", ["sce", "sampled_softmax"])
+def test_a_sparse_gradient_takes_the_rows_that_are_touched(name):
+    shape = Shape(4096, 1_000_000, 64)
+    entry = LOSSES[name]
+    dense, sparse = (
+        entry.choose(entry.config(), replace(shape, sparse_grad=wanted)).estimate
+        for wanted in (False, True)
+    )
+    n_touched = 4096 + (128 * 256 if name == "sce" else 256)
+    assert sparse.terms["gradients"] == 4 * 64 * (4096 + n_touched)
+    assert sparse.bytes < dense.bytes / 4
+
+
 def test_operations_of_dense_are_three_products():
     assert dense_estimate(Shape(10, 100, 8)).flops == 3 * 2 * 10 * 100 * 8
 
