@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hf_rece.errors import ArgumentError
-from hf_rece.losses.estimates import Estimate, Shape
+from hf_rece.losses.estimates import SMALLEST_TILE_BYTES, Estimate, Shape
 from hf_rece.ops.plan import resolve_tile_bytes
 
 Config = TypeVar("Config")
@@ -109,10 +109,10 @@ def choose(
 ) -> Choice[Config]:
     """Return the configuration and tile that a loss runs with.
 
-    Without a budget these are `default` and the device's tile. With one, tile_bytes is a tenth
-    of what the smallest candidate sets leave (more, where no knob is left to choose), at most the
-    device's default, and candidate sets are the largest that fit beside it. A `tile_bytes` that
-    is given is kept. Depends on nothing but the arguments, and a larger budget never gives fewer
+    Without a budget these are `default` and the device's tile. With one, tile_bytes is 1 MiB
+    and a tenth of what the smallest candidate sets leave (more, where no knob is left to choose),
+    at most the device's default, and candidate sets are the largest that fit beside it. A
+    `tile_bytes` that is given is kept. Depends on nothing but the arguments, and a larger budget never gives fewer
     candidates.
 
     Args:
@@ -129,14 +129,16 @@ def choose(
         tile = resolve_tile_bytes(tile_bytes, shape.device)
         return Choice(default, tile, levels.estimate(default, tile))
     budget, unit = parse_bytes(memory_budget)
-    tile = 1 if tile_bytes is None else resolve_tile_bytes(tile_bytes, shape.device)
+    tile = (
+        SMALLEST_TILE_BYTES if tile_bytes is None else resolve_tile_bytes(tile_bytes, shape.device)
+    )
     floor = levels.estimate(levels.config(0), tile).bound
     if floor > budget:
         raise _too_small(memory_budget, floor, unit, shape)
     if tile_bytes is None:
         share = _TILE_SHARE if levels.top else min(_TILE_SHARE_ALONE, 1 / shape.tile_factor)
         largest = resolve_tile_bytes(None, shape.device)
-        tile = max(1, min(largest, int((budget - floor) * share)))
+        tile = min(largest, tile + int((budget - floor) * share))
 
     def fits(config: Config) -> bool:
         return levels.estimate(config, tile).bound <= budget

@@ -27,6 +27,10 @@ LIBRARY_BYTES = {"cpu": 3 * 2**20}
 LIBRARY_BYTES_AT_MOST = {"cpu": 10 * 2**20}
 # label logit, running maximum, sum, merge, its copies for autograd and backward, gradients of both.
 _VALUES_A_TOKEN = 8
+# A tensor without its numbers: the walk lists the skipped pairs of each tile as a view.
+_VIEW_BYTES = 512
+# Budgets make no smaller tiles: many of them take time, and a view each.
+SMALLEST_TILE_BYTES = 2**20
 # streamed_topk searches for so many hidden states at once.
 _QUERIES = 256
 
@@ -121,6 +125,11 @@ class Pairs:
             n, m = max(1, min(self.n, tile_bytes // (4 * (self.m + width)))), self.m
         return groups, n, m
 
+    def n_tiles(self, width: int, tile_bytes: int) -> int:
+        """Return how many tiles the grid is cut into."""
+        groups, n, m = self.tile(width, tile_bytes)
+        return -(-self.n_groups // groups) * -(-self.n // n) * -(-self.m // m)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -209,7 +218,7 @@ def estimate(
         "gradients": shape.gradient_bytes,
         "tile": max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids)),
         # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
-        "skips": n_skips * 6 * _INT64,
+        "skips": n_skips * 6 * _INT64 + _views(shape, grids, tile_bytes, n_skips),
         "plan": plan + n_skips * 3 * _INT64,
         "tokens": n_tokens * (_VALUES_A_TOKEN * shape.wide + _INT64) + copies,
         "search": search,
@@ -219,6 +228,8 @@ def estimate(
     largest = {
         **terms,
         "tile": least + int(shape.tile_factor * tile_bytes),
+        "skips": n_skips * 6 * _INT64
+        + _views(shape, grids, min(tile_bytes, SMALLEST_TILE_BYTES), n_skips),
         "libraries": LIBRARY_BYTES_AT_MOST.get(shape.device.type, 0),
     }
     products = 2 + shape.wants_hidden + (shape.weights > 0)  # forward, again, a gradient each
@@ -229,6 +240,12 @@ def estimate(
         flops=products * 2 * width * pairs + search_flops,
         candidates=max(1, min(candidates, shape.n_classes)),
     )
+
+
+def _views(shape: Shape, grids: Sequence[Pairs], tile_bytes: int, n_skips: int) -> int:
+    if n_skips == 0:
+        return 0
+    return _VIEW_BYTES * max(grid.n_tiles(shape.width, tile_bytes) for grid in grids)
 
 
 def dense_estimate(shape: Shape) -> Estimate:
