@@ -26,9 +26,9 @@ _UNITS = {
 }
 _BY_LOWER_CASE = {unit.lower(): unit for unit in _UNITS}
 # Larger tiles are faster up to the device's default, more candidates are better: a tile gets this
-# share of what is left, candidates the rest. Each byte of a tile is several at the peak, at most
-# 8.5; without candidates at most Shape.tile_factor, or 4.5 in the search for a plan.
-_TILE_SHARE, _TILE_SHARE_ALONE = 1 / 10, 1 / 4.5
+# share of what is left, candidates the rest. Each byte of a tile is several at the peak: at most
+# Shape.tile_factor, up to 8.5, or 6.3 in the search for a plan.
+_TILE_SHARE, _TILE_SHARE_ALONE = 1 / 10, 1 / 6.3
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def choose(
     Without a budget these are `default` and the device's tile. With one, tile_bytes is 1 MiB
     and a tenth of what the smallest candidate sets leave (more, where no knob is left to choose),
     at most the device's default, and candidate sets are the largest that fit beside it. A
-    `tile_bytes` that is given is kept. Depends on nothing but the arguments, and a larger budget never gives fewer
-    candidates.
+    `tile_bytes` that is given is kept. Depends on nothing but the arguments, and a larger budget
+    never gives fewer candidates.
 
     Args:
         levels: the candidate sets to choose from.

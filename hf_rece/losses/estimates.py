@@ -231,6 +231,8 @@ def estimate(
         "skips": n_skips * 6 * _INT64
         + _views(shape, grids, min(tile_bytes, SMALLEST_TILE_BYTES), n_skips),
         "libraries": LIBRARY_BYTES_AT_MOST.get(shape.device.type, 0),
+        # Hits of a top-k come in bursts: pending and union may hold k more each, 7 k in place of 5.
+        "search": search * 7 // 5,
     }
     products = 2 + shape.wants_hidden + (shape.weights > 0)  # forward, again, a gradient each
     pairs = sum(grid.count for grid in grids)
