@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hf_rece.errors import ArgumentError
-from hf_rece.losses.estimates import SMALLEST_TILE_BYTES, Estimate, Shape
+from hf_rece.losses.estimates import SMALLEST_TILE_BYTES, Estimate, Shape, exact_flops
 from hf_rece.ops.plan import resolve_tile_bytes
 
 Config = TypeVar("Config")
@@ -28,6 +28,8 @@ _BY_LOWER_CASE = {unit.lower(): unit for unit in _UNITS}
 # Larger tiles are faster up to the device's default, more candidates are better: a tile gets this
 # share of what is left, candidates the rest. Each byte of a tile is several at the peak: at most
 # Shape.tile_factor, up to 8.5, or 6.3 in the search for a plan.
+# Gathered pairs take longer than those of the exact loss.
+_SHARE_OF_EXACT = 8
 _TILE_SHARE, _TILE_SHARE_ALONE = 1 / 10, 1 / 6.3
 
 
@@ -39,14 +41,11 @@ class Levels(Generic[Config]):
         top: number of the last level; the first is 0. More levels take more memory.
         config: configuration of a level.
         estimate: cost of a configuration at a tile of so many bytes.
-        exact: configuration that scores every class, taken where the top level fits: more would
-            cost more time than that. None where the knobs that were given stand against it.
     """
 
     top: int
     config: Callable[[int], Config]
     estimate: Callable[[Config, int], Estimate]
-    exact: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,10 @@ def choose(
 
     Without a budget these are `default` and the device's tile. With one, tile_bytes is 1 MiB
     and a tenth of what the smallest candidate sets leave (more, where no knob is left to choose),
-    at most the device's default, and candidate sets are the largest that fit beside it. A
-    `tile_bytes` that is given is kept. Depends on nothing but the arguments, and a larger budget
-    never gives fewer candidates.
+    at most the device's default, and candidate sets are the largest that fit beside it and cost no
+    more operations than an eighth of exact cross-entropy, or than `default` where that is more:
+    beyond, the exact loss is the better use of time. A `tile_bytes` that is given is kept. Depends
+    on nothing but the arguments, and a larger budget never gives fewer candidates.
 
     Args:
         levels: the candidate sets to choose from.
@@ -140,17 +140,23 @@ def choose(
         largest = resolve_tile_bytes(None, shape.device)
         tile = min(largest, tile + int((budget - floor) * share))
 
-    def fits(config: Config) -> bool:
-        return levels.estimate(config, tile).bound <= budget
+    most = max(exact_flops(shape) // _SHARE_OF_EXACT, levels.estimate(default, tile).flops)
 
-    low, high = 0, levels.top  # level 0 fits
+    def cost(level: int) -> Estimate:
+        return levels.estimate(levels.config(level), tile)
+
+    top = _last(lambda level: cost(level).flops <= most, levels.top)
+    config = levels.config(_last(lambda level: cost(level).bound <= budget, top))
+    return Choice(config, tile, levels.estimate(config, tile))
+
+
+def _last(holds: Callable[[int], bool], top: int) -> int:
+    """Return the last level up to `top` for which `holds`, which 0 does and then ever fewer do."""
+    low, high = 0, top
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(levels.config(middle)) else (low, middle - 1)
-    config = levels.config(low)
-    if low == levels.top and levels.exact is not None and fits(levels.exact):
-        config = levels.exact
-    return Choice(config, tile, levels.estimate(config, tile))
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def _too_small(memory_budget: int | str, floor: int, unit: str, shape: Shape) -> ArgumentError:

@@ -234,12 +234,11 @@ def estimate(
         # Hits of a top-k come in bursts: pending and union may hold k more each, 7 k in place of 5.
         "search": search * 7 // 5,
     }
-    products = 2 + shape.wants_hidden + (shape.weights > 0)  # forward, again, a gradient each
     pairs = sum(grid.count for grid in grids)
     return Estimate(
         terms=terms,
         bound=_peak(largest),
-        flops=products * 2 * width * pairs + search_flops,
+        flops=pair_flops(shape) * pairs + search_flops,
         candidates=max(1, min(candidates, shape.n_classes)),
     )
 
@@ -248,6 +247,16 @@ def _views(shape: Shape, grids: Sequence[Pairs], tile_bytes: int, n_skips: int) 
     if n_skips == 0:
         return 0
     return _VIEW_BYTES * max(grid.n_tiles(shape.width, tile_bytes) for grid in grids)
+
+
+def pair_flops(shape: Shape) -> int:
+    """Return the operations of one pair: forward, again in backward, and a gradient each."""
+    return 2 * shape.width * (2 + shape.wants_hidden + (shape.weights > 0))
+
+
+def exact_flops(shape: Shape) -> int:
+    """Return the operations of streamed exact cross-entropy."""
+    return pair_flops(shape) * shape.n_tokens * shape.n_classes
 
 
 def dense_estimate(shape: Shape) -> Estimate:

@@ -96,10 +96,7 @@ def rece_loss(
         n_rounds: see RECEConfig.
         directions: (n_rounds, n_buckets, D) to use instead of drawing; sets both numbers.
         memory_budget: bytes, or text such as "2GiB"; None for none. It raises n_extra_chunks, or
-            lowers n_buckets where that alone is free, until as many pairs are scored as there are:
-            from there on, where n_buckets is free, the loss is the exact one. Candidates take
-            little memory but time: to bound the time, pass n_buckets and n_extra_chunks. See
-            hf_rece.losses.budget.
+            lowers n_buckets where that alone is free. See hf_rece.losses.budget.choose.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -201,10 +198,7 @@ def choose_rece(
         top = n_buckets - config.buckets_per_chunk * config.n_rounds * (1 + 2 * reach)
     else:
         top = 0
-    exact = None
-    if config.n_buckets is None:
-        exact = replace(default, n_buckets=1, n_extra_chunks=config.n_extra_chunks or 0)
-    levels = Levels(max(0, top), config_of, lambda knobs, tile: _cost(knobs, shape, tile), exact)
+    levels = Levels(max(0, top), config_of, lambda knobs, tile: _cost(knobs, shape, tile))
     return choose(levels, default, shape, config.memory_budget, tile_bytes)
 
 

@@ -86,9 +86,7 @@ def sce_loss(
         mix: see SCEConfig.
         directions: (n_buckets, D) to use instead of drawing; sets n_buckets.
         memory_budget: bytes, or text such as "2GiB"; None for none. It raises bucket_size_y, or
-            n_buckets where that alone is free, until as many pairs are scored as there are: from
-            there on, where all three knobs are free, one bucket holds everything and the loss is
-            the exact one. See hf_rece.losses.budget.
+            n_buckets where that alone is free. See hf_rece.losses.budget.choose.
         **common: see hf_rece.losses.options.CommonOptions. num_items_in_batch takes the place of
             the
             count of covered tokens.
@@ -187,14 +185,7 @@ def choose_sce(config: SCEConfig, shape: Shape, tile_bytes: int | None = None) -
         top = n_tokens * n_classes // (size_x * (default.bucket_size_y or 1))
     else:
         top = 1
-    exact = None
-    if config.n_buckets is config.bucket_size_x is config.bucket_size_y is None:
-        exact = replace(
-            default, n_buckets=1, bucket_size_x=max(1, n_tokens), bucket_size_y=n_classes
-        )
-    levels = Levels(
-        max(0, top - 1), config_of, lambda knobs, tile: _cost(knobs, shape, tile), exact
-    )
+    levels = Levels(max(0, top - 1), config_of, lambda knobs, tile: _cost(knobs, shape, tile))
     return choose(levels, default, shape, config.memory_budget, tile_bytes)
 
 

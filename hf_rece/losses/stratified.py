@@ -97,9 +97,7 @@ def stratified_loss(
         n_hard: see StratifiedConfig; clamped to C.
         n_random: see StratifiedConfig; clamped to C.
         memory_budget: bytes, or text such as "2GiB"; None for none. It raises n_hard and n_random
-            together, and n_groups with them, until the two are as many as the classes: from there
-            on, where n_hard is free, every class is scored and the loss is the exact one. See
-            hf_rece.losses.budget.
+            together, and n_groups with them. See hf_rece.losses.budget.choose.
         **common: see hf_rece.losses.options.CommonOptions.
 
     Returns:
@@ -185,17 +183,7 @@ def choose_stratified(
         top = n_classes - (config.n_hard or config.n_random or 0)
     else:
         top = n_groups if config.n_groups is None else 1
-    exact = None
-    if config.n_hard is None:
-        exact = replace(
-            config,
-            n_hard=n_classes,
-            n_random=config.n_random or 1,
-            n_groups=max(1, min(config.n_groups or 1, n_tokens)),
-        )
-    levels = Levels(
-        max(0, top - 1), config_of, lambda knobs, tile: _cost(knobs, shape, tile), exact
-    )
+    levels = Levels(max(0, top - 1), config_of, lambda knobs, tile: _cost(knobs, shape, tile))
     return choose(levels, default, shape, config.memory_budget, tile_bytes)
 
 

@@ -228,9 +228,11 @@ def _skip_by_tile(
     m = (shape[2] - c // step_m * step_m).clamp(max=step_m)
     flat = ((g % step_g) * n + t % step_n) * m + c % step_m
     tile = (g // step_g * n_tiles[2] + c // step_m) * n_tiles[1] + t // step_n
-    count = torch.bincount(tile, minlength=math.prod(n_tiles)).tolist()
-    for piece in flat[tile.argsort()].split(count):
-        yield piece if len(piece) else None
+    start, by_tile = 0, flat[tile.argsort()]
+    # One view at a time: tiles are many, and a view takes half a kilobyte.
+    for count in torch.bincount(tile, minlength=math.prod(n_tiles)).tolist():
+        yield by_tile[start : start + count] if count else None
+        start += count
 
 
 def _dropped(plan: Plan, grid: Grid, tokens: Tensor, classes: Tensor) -> Tensor | None:
