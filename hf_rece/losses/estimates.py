@@ -27,9 +27,7 @@ LIBRARY_BYTES = {"cpu": 3 * 2**20}
 LIBRARY_BYTES_AT_MOST = {"cpu": 10 * 2**20}
 # label logit, running maximum, sum, merge, its copies for autograd and backward, gradients of both.
 _VALUES_A_TOKEN = 8
-# A tensor without its numbers: the walk lists the skipped pairs of each tile as a view.
-_VIEW_BYTES = 512
-# Budgets make no smaller tiles: many of them take time, and a view each.
+# Budgets make no smaller tiles: many of them take time.
 SMALLEST_TILE_BYTES = 2**20
 # streamed_topk searches for so many hidden states at once.
 _QUERIES = 256
@@ -89,8 +87,9 @@ class Shape:
     @property
     def tile_factor(self) -> float:
         """Peak bytes of a walk for each byte of a tile, at most; see walk_bytes."""
-        # Logits of two tiles, a byte a pair for drops, and two more tiles for the cap's slope.
-        return (4.25 if self.has_softcap else 2.25) * self.wide / 4
+        # Half of a tile's bytes may be states and rows, three times; a byte a pair for drops; two
+        # more tiles for the cap's slope.
+        return (3.25 if self.has_softcap else 1.75) * self.wide / 4
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,6 @@ class Pairs:
             n, m = max(1, min(self.n, tile_bytes // (4 * (self.m + width)))), self.m
         return groups, n, m
 
-    def n_tiles(self, width: int, tile_bytes: int) -> int:
-        """Return how many tiles the grid is cut into."""
-        groups, n, m = self.tile(width, tile_bytes)
-        return -(-self.n_groups // groups) * -(-self.n // n) * -(-self.m // m)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -163,8 +157,7 @@ def _peak(terms: dict[str, int]) -> int:
 def walk_bytes(shape: Shape, pairs: Pairs, tile_bytes: int) -> int:
     """Return the peak bytes of walking a grid backward, beside the gradients.
 
-    While a tile's logits are made, the logits of the tile before are still there; while its
-    gradients are added, its states three times and its rows twice.
+    While a tile's gradients are added, its states are there three times and its rows twice.
     """
     groups, n, m = pairs.tile(shape.width, tile_bytes)
     in_place = pairs.as_slices and shape.item == shape.wide
@@ -173,8 +166,8 @@ def walk_bytes(shape: Shape, pairs: Pairs, tile_bytes: int) -> int:
     read = states + (0 if in_place else rows)
     raw = 0 if shape.item == shape.wide else (states + rows) * shape.item
     moments = (
-        shape.wide * (logits + 2 * read) + raw,
-        shape.wide * ((4 if shape.has_softcap else 2) * logits + read),
+        shape.wide * read + raw,
+        shape.wide * ((3 if shape.has_softcap else 1) * logits + read),
         shape.wide * (logits + read + 2 * states + rows),
     )
     return max(moments) + pairs.has_drops * logits + _INT64 * groups * (2 * n + m)
@@ -218,7 +211,7 @@ def estimate(
         "gradients": shape.gradient_bytes,
         "tile": max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids)),
         # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
-        "skips": n_skips * 6 * _INT64 + _views(shape, grids, tile_bytes, n_skips),
+        "skips": n_skips * 6 * _INT64,
         "plan": plan + n_skips * 3 * _INT64,
         "tokens": n_tokens * (_VALUES_A_TOKEN * shape.wide + _INT64) + copies,
         "search": search,
@@ -228,8 +221,6 @@ def estimate(
     largest = {
         **terms,
         "tile": least + int(shape.tile_factor * tile_bytes),
-        "skips": n_skips * 6 * _INT64
-        + _views(shape, grids, min(tile_bytes, SMALLEST_TILE_BYTES), n_skips),
         "libraries": LIBRARY_BYTES_AT_MOST.get(shape.device.type, 0),
         # Hits of a top-k come in bursts: pending and union may hold k more each, 7 k in place of 5.
         "search": search * 7 // 5,
@@ -241,12 +232,6 @@ def estimate(
         flops=pair_flops(shape) * pairs + search_flops,
         candidates=max(1, min(candidates, shape.n_classes)),
     )
-
-
-def _views(shape: Shape, grids: Sequence[Pairs], tile_bytes: int, n_skips: int) -> int:
-    if n_skips == 0:
-        return 0
-    return _VIEW_BYTES * max(grid.n_tiles(shape.width, tile_bytes) for grid in grids)
 
 
 def pair_flops(shape: Shape) -> int:
@@ -297,10 +282,10 @@ def topk_bytes(shape: Shape, n_queries: int, k: int, n_rows: int, tile_bytes: in
     # A block's best, hits not yet sorted in, the union of the two, and the best of that; or all
     # results twice, while those of the blocks are joined.
     buffers = k * found * max((n_queries - block) + block * (1 + 1 + 2 + 1), 2 * n_queries)
-    step = max(tile_bytes // (4 * (block + shape.width)), MIN_TILE_SIDE)
-    step = min(step, n_rows)
+    # Not in whole rows, so that a byte more of a tile is a few bytes more here.
+    step = min(max(tile_bytes / (4 * (block + shape.width)), MIN_TILE_SIDE), n_rows)
     # Two tiles of scores, a byte a score for hits.
-    return buffers + step * (block * (2 * shape.wide + 1) + 2 * shape.width * shape.wide)
+    return buffers + int(step * (block * (2 * shape.wide + 1) + 2 * shape.width * shape.wide))
 
 
 def hash_bytes(shape: Shape, n_vectors: int, n_directions: int, tile_bytes: int) -> int:

@@ -264,13 +264,26 @@ def backward(
     if winner is not None:
         plan = _winners_only(plan, winner)
     for tile in walk(plan, scores.rows.width):
-        hidden, rows = _tile_inputs(scores, tile)
-        logits = _capped_logits(scores, tile, hidden, rows)
-        slope = None if scores.softcap is None else 1 - (logits / scores.softcap).square_()
-        share = _share(_drop(logits, tile), tile, plan, shift, winner)
-        if slope is not None:
-            share *= slope
-        _add_tile_grads(scores, tile, share, grad[tile.tokens], (hidden, rows), into)
+        # A call of its own, so that nothing of a tile outlives it.
+        _backward_tile(scores, plan, tile, shift, winner, grad, into)
+
+
+def _backward_tile(
+    scores: Scores,
+    plan: Plan,
+    tile: Tile,
+    shift: Tensor,
+    winner: Tensor | None,
+    grad: Tensor,
+    into: Gradients,
+) -> None:
+    hidden, rows = _tile_inputs(scores, tile)
+    logits = _capped_logits(scores, tile, hidden, rows)
+    slope = None if scores.softcap is None else 1 - (logits / scores.softcap).square_()
+    share = _share(_drop(logits, tile), tile, plan, shift, winner)
+    if slope is not None:
+        share *= slope
+    _add_tile_grads(scores, tile, share, grad[tile.tokens], (hidden, rows), into)
 
 
 def _shift(merged: Tensor, plan: Plan) -> Tensor:

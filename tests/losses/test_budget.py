@@ -166,4 +166,4 @@ def test_the_choice_is_the_same_however_many_tokens_are_ignored(name, inputs):
 def test_a_frozen_table_takes_less(name):
     frozen = replace(SHAPE, n_weights=0)
     spared = floor_of(name, SHAPE) - floor_of(name, frozen)
-    assert 0.9 * 4 * 100_000 * 64 < spared <= 4 * 100_000 * 64
+    assert 0.85 * 4 * 100_000 * 64 < spared <= 4 * 100_000 * 64
