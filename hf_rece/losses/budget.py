@@ -41,11 +41,13 @@ class Levels(Generic[Config]):
         top: number of the last level; the first is 0. More levels take more memory.
         config: configuration of a level.
         estimate: cost of a configuration at a tile of so many bytes.
+        default_tiles: the loss's own default tile, in those of the device.
     """
 
     top: int
     config: Callable[[int], Config]
     estimate: Callable[[Config, int], Estimate]
+    default_tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,9 @@ def choose(
     Raises:
         ArgumentError: if not even the smallest candidate sets and tile fit.
     """
+    largest = levels.default_tiles * resolve_tile_bytes(None, shape.device)
     if memory_budget is None:
-        tile = resolve_tile_bytes(tile_bytes, shape.device)
+        tile = largest if tile_bytes is None else resolve_tile_bytes(tile_bytes, shape.device)
         return Choice(default, tile, levels.estimate(default, tile))
     budget, unit = parse_bytes(memory_budget)
     tile = (
@@ -137,7 +140,6 @@ def choose(
         raise _too_small(memory_budget, floor, unit, shape)
     if tile_bytes is None:
         share = _TILE_SHARE if levels.top else min(_TILE_SHARE_ALONE, 1 / shape.tile_factor)
-        largest = resolve_tile_bytes(None, shape.device)
         tile = min(largest, tile + int((budget - floor) * share))
 
     most = max(exact_flops(shape) // _SHARE_OF_EXACT, levels.estimate(default, tile).flops)

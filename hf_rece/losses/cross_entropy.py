@@ -107,5 +107,6 @@ def choose_cross_entropy(
             candidates=n_classes,
         )
 
-    levels = Levels(top=0, config=lambda _: config, estimate=cost)
+    # Rows are read in place: what that saves goes into a larger tile, which is faster.
+    levels = Levels(top=0, config=lambda _: config, estimate=cost, default_tiles=2)
     return choose(levels, config, shape, config.memory_budget, tile_bytes)
