@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +14,73 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops import stream_torch
 from hf_rece.ops.plan import Plan
 from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
-from hf_rece.ops.stream_torch import Gradients, Scores
+from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 
-Backend = Literal["auto", "torch"]
-BACKENDS = ("auto", "torch")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = ("auto", "torch", "triton")
+
+
+class Kernel(Protocol):
+    """What a backend does: merged scores of a plan, and their gradients."""
+
+    def forward(
+        self, scores: Scores, plan: Plan, *, observe: bool = False
+    ) -> tuple[Tensor, Tensor | None, Observations | None]:
+        """Return what stream_torch.forward returns."""
+
+    def backward(
+        self,
+        scores: Scores,
+        plan: Plan,
+        merged: Tensor,
+        winner: Tensor | None,
+        grad: Tensor,
+        into: Gradients,
+    ) -> None:
+        """Add what stream_torch.backward adds."""
+
+
+def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
+    """Return the backend's functions.
+
+    Args:
+        backend: "auto" takes "triton" for hidden states on an NVIDIA GPU that multiplies matrices
+            in bfloat16, where Triton is installed, else "torch". float64 is always left to "torch".
+        hidden: (N, D), for its device and dtype.
+        rows: for their dtype.
+
+    Raises:
+        ArgumentError: for an unknown backend, or one that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(
+            "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
+        )
+    is_double = torch.float64 in (hidden.dtype, *(tensor.dtype for tensor in rows.tensors()))
+    if backend == "torch" or is_double or (backend == "auto" and not _has_fast_gpu(hidden)):
+        return cast(Kernel, stream_torch)
+    if find_spec("triton") is None:
+        if backend == "auto":
+            return cast(Kernel, stream_torch)
+        raise ArgumentError(
+            "backend", backend, "Triton is not installed", 'pip install "hf_rece[triton]"'
+        )
+    # By name: whoever does not choose Triton does not wait for its import.
+    kernel = import_module("hf_rece.ops.stream_triton")
+    if hidden.device.type != "cuda" and not kernel.is_interpreted():
+        raise ArgumentError(
+            "backend",
+            backend,
+            f"Triton compiles for GPUs, and the hidden states are on {hidden.device.type!r}",
+            "Move them to a GPU, pass 'auto', or set TRITON_INTERPRET=1 before the import to debug",
+        )
+    return cast(Kernel, kernel)
+
+
+def _has_fast_gpu(hidden: Tensor) -> bool:
+    if hidden.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(hidden.device) >= (8, 0)
 
 
 @dataclass
@@ -60,7 +125,7 @@ def stream(
         bias: (C,) or None.
         logit_scale: multiplies every logit.
         logit_softcap: caps a logit at c tanh(logit / c), after the scale.
-        backend: "auto" chooses the fastest backend here, "torch" is the plain one.
+        backend: see choose_kernel.
         statistics: filled with (N,) tensors on the way, unless None.
 
     Returns:
@@ -68,19 +133,14 @@ def stream(
         merged: (N,) likewise; -inf for a token that met no class (0 with merge="sum").
 
     Raises:
-        ArgumentError: for an unknown backend.
+        ArgumentError: for an unknown backend, or one that cannot run here.
 
     Memory:
         O(N + D * C) for the gradients, plus one tile. Forward keeps two numbers a token.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(
-            "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
-        )
-    observe = statistics is not None
-    label_logits, merged, largest, mean = _Stream.apply(
-        plan, rows, logit_scale, logit_softcap, observe, labels, hidden, bias, *rows.tensors()
-    )
+    kernel = choose_kernel(backend, hidden, rows)
+    how = _How(kernel, plan, rows, logit_scale, logit_softcap, observe=statistics is not None)
+    label_logits, merged, largest, mean = _Stream.apply(how, labels, hidden, bias, *rows.tensors())
     if statistics is not None:
         own, others = label_logits.detach(), merged.detach()
         share = (own - others).sigmoid()  # of the label, in the softmax over all that is scored
@@ -90,29 +150,40 @@ def stream(
     return label_logits, merged
 
 
+@dataclass(frozen=True)
+class _How:
+    """What is no tensor."""
+
+    kernel: Kernel
+    plan: Plan
+    rows: OutputRows
+    scale: float
+    softcap: float | None
+    observe: bool
+
+    def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
+        return Scores(hidden, self.rows, bias, self.scale, self.softcap)
+
+
 class _Stream(torch.autograd.Function):
     """(label logits, merged scores) and their gradients, recomputed tile by tile."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
-        rows: OutputRows,
-        scale: float,
-        softcap: float | None,
-        observe: bool,
+        how: _How,
         labels: Tensor,
         hidden: Tensor,
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        scores = Scores(hidden, rows, bias, scale, softcap)
+        scores, plan = how.scores(hidden, bias), how.plan
         # Autocast would run the tile's products in low precision.
         with torch.autocast(hidden.device.type, enabled=False):
             own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
-            merged, winner, seen = stream_torch.forward(scores, plan, observe=observe)
+            merged, winner, seen = how.kernel.forward(scores, plan, observe=how.observe)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
-        ctx.plan, ctx.rows, ctx.scale, ctx.softcap = plan, rows, scale, softcap
+        ctx.how = how
         merged = merged[: plan.n_tokens].clone()
         if seen is None:
             return own, merged, None, None
@@ -126,8 +197,9 @@ class _Stream(torch.autograd.Function):
         ctx: Any, grad_own: Tensor, grad_merged: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
-        scores = Scores(hidden, ctx.rows, bias, ctx.scale, ctx.softcap)
-        wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[6:]
+        how: _How = ctx.how
+        scores = how.scores(hidden, bias)
+        wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
         into = Gradients(
             hidden=gradient_buffer(hidden) if wants_hidden else None,
             rows=gradient_buffers(tensors, wants_rows),
@@ -135,14 +207,14 @@ class _Stream(torch.autograd.Function):
         )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
         with torch.autocast(hidden.device.type, enabled=False):
-            stream_torch.label_backward(scores, labels, grad_own, into, ctx.plan.tile_bytes)
-            stream_torch.backward(scores, ctx.plan, merged, winner, padded, into)
+            stream_torch.label_backward(scores, labels, grad_own, into, how.plan.tile_bytes)
+            how.kernel.backward(scores, how.plan, merged, winner, padded, into)
         rows_grads = [
             None if buffer is None else buffer.to(tensor.dtype)
             for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)
         ]
         return (
-            *(None,) * 6,
+            *(None,) * 2,
             None if into.hidden is None else into.hidden.to(hidden.dtype),
             None if into.bias is None else into.bias.to(bias.dtype),
             *rows_grads,
