@@ -91,9 +91,7 @@ def run(args: argparse.Namespace, shape: Shape, speed: float) -> dict[str, Row]:
             for field, value in asdict(shape).items():
                 words += [f"--{field}", str(value)]
             words += ["--frozen"] * args.frozen
-            passes.append(
-                {"not_run": reason} if reason else in_fresh_process(words, args.timeout)
-            )
+            passes.append({"not_run": reason} if reason else in_fresh_process(words, args.timeout))
     return {name: fold(passes) for name, passes in rows.items()}
 
 
