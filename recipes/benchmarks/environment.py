@@ -1,15 +1,18 @@
 """What a benchmark's JSON says of the machine and the versions it ran with."""
 
+import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+PEERS = ("trl", "triton", "liger_kernel", "cut_cross_entropy")
 
-def environment() -> dict[str, object]:
+
+def environment(device: str = "cpu") -> dict[str, object]:
     """Return the command, the commit, the versions and the kind of machine."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -18,15 +21,31 @@ def environment() -> dict[str, object]:
         text=True,
         check=False,
     ).stdout.strip()
-    return {
+    machine = {
         "command": " ".join(Path(word).name for word in sys.argv),
         "commit": commit,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "hf_rece")},
-        "device": "cpu",
+        "versions": versions(),
+        "device": device,
         "processor": processor(),
+        "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    if device == "cuda":
+        machine["accelerator"] = torch.cuda.get_device_name()
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what every benchmark needs, and of the peers that are installed."""
+    found = {name: version(name) for name in ("torch", "transformers", "hf_rece")}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def processor() -> str:

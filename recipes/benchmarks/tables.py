@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from environment import environment
-from losses import resident_mib
+from measuring import resident_mib
 from rich.console import Console
 from rich.table import Table
 from torch import nn

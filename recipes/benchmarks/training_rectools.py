@@ -1,0 +1,121 @@
+"""Train RecTools' SASRec on a split that training.py wrote; runs where RecTools is installed.
+
+    python recipes/benchmarks/training.py amazon_beauty.parquet --rectools_python PYTHON
+
+RecTools wants numpy < 2 (below Python 3.13) and pandas < 3, hf_rece numpy 2, so it lives in an
+environment of its own. Adam with betas .9 and .98, and the padding of every sequence to
+`max_length`, are RecTools' own.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning
+import rectools
+import torch
+from rectools import Columns
+from rectools.dataset import Dataset
+from rectools.models import SASRecModel
+
+
+class EpochSeconds(pytorch_lightning.Callback):
+    """Keeps the seconds of every epoch; of the class, since RecTools copies its trainer."""
+
+    seconds: ClassVar[list[float]] = []
+
+    def on_train_epoch_start(self, *_):
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, *_):
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def resident_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def dataset(users: np.ndarray, items: np.ndarray) -> Dataset:
+    """Interactions in the order of the log, as RecTools takes them."""
+    frame = pd.DataFrame({Columns.User: users, Columns.Item: items, Columns.Weight: 1.0})
+    frame[Columns.Datetime] = pd.to_datetime(np.arange(len(frame)), unit="s")
+    return Dataset.construct(frame)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    for name in ("epochs", "seed", "threads", "width", "blocks", "heads", "max_length",
+                 "batch_size"):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("learning_rate", "dropout"):
+        parser.add_argument(f"--{name}", type=float, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pytorch_lightning.seed_everything(args.seed)
+    split = np.load(args.folder / "split.npz")
+
+    def lightning() -> pytorch_lightning.Trainer:
+        return pytorch_lightning.Trainer(
+            max_epochs=args.epochs,
+            min_epochs=args.epochs,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[EpochSeconds()],
+        )
+
+    model = SASRecModel(
+        n_blocks=args.blocks,
+        n_heads=args.heads,
+        n_factors=args.width,
+        dropout_rate=args.dropout,
+        session_max_len=args.max_length,
+        loss="softmax",
+        lr=args.learning_rate,
+        batch_size=args.batch_size,
+        get_trainer_func=lightning,
+    )
+    train = dataset(split["train_users"], split["train_items"])
+    before = resident_mib("VmRSS")
+    model.fit(train)
+    peak = resident_mib("VmHWM")
+    # What a list can't hold is not scored: users without a known item get no recommendation.
+    recommended = model.recommend(
+        users=np.unique(split["test_users"]),
+        dataset=dataset(split["test_users"], split["test_items"]),
+        k=10,
+        filter_viewed=True,
+        on_unsupported_targets="ignore",
+    )
+    np.savez(
+        args.folder / "recommended.npz",
+        **{name: recommended[name].to_numpy() for name in (Columns.User, Columns.Item)},
+    )
+    versions = {
+        "rectools": rectools.__version__,
+        "pytorch_lightning": pytorch_lightning.__version__,
+        "torch": torch.__version__,
+    }
+    row = {
+        "epoch_seconds": [round(seconds, 3) for seconds in EpochSeconds.seconds],
+        "peak_mib": round(peak, 1),
+        "before_training_mib": round(before, 1),
+        "parameters": sum(p.numel() for p in model.torch_model.parameters()),
+        "versions": versions,
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
