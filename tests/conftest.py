@@ -1,9 +1,14 @@
 """Seeds, and inputs small enough for dense oracles."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read by Triton when it is first imported, which other packages may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

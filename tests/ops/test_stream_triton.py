@@ -1,16 +1,11 @@
 """The Triton kernels against the torch backend, in Triton's interpreter; on a GPU with -m gpu."""
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-# Read by Triton when a kernel is defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import LOSSES, build_loss
