@@ -11,7 +11,7 @@ from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.lma import LMAEmbedding
-from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece.errors import ArgumentError, DataError, HfReceError, HubError
 from hf_rece.head import (
     LargeVocabHead,
     find_head,
@@ -70,6 +70,7 @@ __all__ = [
     "DynamicSparsityCallback",
     "GBCEConfig",
     "HfReceError",
+    "HubError",
     "ItemTokenizer",
     "LMAEmbedding",
     "LargeVocabHead",

@@ -31,3 +31,16 @@ class DataError(HfReceError, ValueError):
 
     def __init__(self, source: str, problem: str, fix: str) -> None:
         super().__init__(f"{source}: {problem}. {fix}.")
+
+
+class HubError(HfReceError, OSError):
+    """The Hub did not take what was sent.
+
+    Args:
+        repo_id: of the repository.
+        problem: what went wrong, without a final full stop.
+        fix: what to do about it, without a final full stop.
+    """
+
+    def __init__(self, repo_id: str, problem: str, fix: str) -> None:
+        super().__init__(f"{repo_id}: {problem}. {fix}.")

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.hub_server import HubServer
+
 # Read by Triton when it is first imported, which other packages may do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,3 +37,34 @@ def inputs():
         return hidden, weight, torch.randint(n_classes, (n_tokens,))
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Return a Hub on this machine; huggingface_hub and transformers talk to it as `user`.
+
+    HF_ENDPOINT is read when huggingface_hub is imported, so what it set then is patched. Other
+    processes get it from the environment.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    from transformers.utils import hub as of_transformers
+
+    server = HubServer()
+    settings = {
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": "hf_of_user",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(of_transformers, "_hf_api", None)
+    yield server
+    server.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,23 @@ def k_core_filter(
             "Lower min_user_interactions or min_item_interactions",
         )
     return interactions
+
+
+def log_facts(interactions: pl.DataFrame) -> str:
+    """Return what identifies a log: its numbers of users, items, interactions, and a fingerprint.
+
+    The fingerprint is the SHA-256 of its rows as CSV, user, item and time, in their order.
+
+    Args:
+        interactions: a table as load_interactions returns it.
+    """
+    fingerprint = hashlib.sha256()
+    for part in interactions.select(USER, ITEM, TIME).iter_slices(1 << 20):
+        fingerprint.update(part.write_csv(include_header=False).encode())
+    return (
+        f"a log of {interactions[USER].n_unique():,} users, {interactions[ITEM].n_unique():,} "
+        f"items and {len(interactions):,} interactions, SHA-256 {fingerprint.hexdigest()}"
+    )
 
 
 def _read(source: Any, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:

@@ -34,6 +34,7 @@ class ItemTokenizer(PythonBackend):
 
     Raises:
         ArgumentError: if items repeat, mix integers and strings, or are not given at all.
+        DataError: if items_file holds no JSON list.
     """
 
     vocab_files_names = {"items_file": "items.json"}  # noqa: RUF012
@@ -51,7 +52,7 @@ class ItemTokenizer(PythonBackend):
                 raise ArgumentError(
                     "items", None, "no items, and no items.json to read", "Pass the log's items"
                 )
-            items = json.loads(Path(items_file).read_text("utf-8"))
+            items = _read_items(items_file)
         self.items: list[Item] = list(items)
         _check_items(self.items)
         # An item may be called [PAD]: the padding token then takes another name.
@@ -218,6 +219,18 @@ class ItemTokenizer(PythonBackend):
         path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
         path.write_text(json.dumps(self.items, ensure_ascii=False), "utf-8")
         return (str(path),)
+
+
+def _read_items(path: str | Path) -> list[Item]:
+    try:
+        items = json.loads(Path(path).read_text("utf-8"))
+    except ValueError:  # not UTF-8, or not JSON
+        items = None
+    if not isinstance(items, list):
+        raise DataError(
+            Path(path).name, "no JSON list of items", "Copy it again, or save the tokenizer again"
+        )
+    return items
 
 
 def _check_items(items: list[Item]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import polars as pl
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo
 
-from hf_rece.data.interactions import ITEM, TIME, USER
+from hf_rece.data.interactions import ITEM, TIME, USER, log_facts
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import ArgumentError, DataError
 
@@ -34,7 +34,8 @@ def leave_one_out_split(interactions: pl.DataFrame, tokenizer: ItemTokenizer) ->
     held_out = sequences.filter(pl.col(HISTORY).list.len() >= 3)
     short = sequences.filter(pl.col(HISTORY).list.len() == 2)
     train = pl.concat([_without_last(held_out, 2), short], how="vertical_relaxed")
-    return _splits(train, held_out, "leave-one-out")
+    protocol = "leave-one-out split, each user's last item for test, the one before for validation"
+    return _splits(train, held_out, f"{protocol}; {log_facts(interactions)}")
 
 
 def temporal_split(
@@ -69,7 +70,11 @@ def temporal_split(
     sequences = _sequences(interactions, tokenizer).join(late, on=USER, maintain_order="left")
     held_out = sequences.filter("late", pl.col(HISTORY).list.len() >= 3).drop("late")
     train = sequences.filter(~pl.col("late"), pl.col(HISTORY).list.len() >= 2).drop("late")
-    return _splits(train, held_out, "temporal")
+    protocol = (
+        f"temporal split, users active after the {quantile:g} quantile of all times held out, "
+        "their last item for test, the one before for validation"
+    )
+    return _splits(train, held_out, f"{protocol}; {log_facts(interactions)}")
 
 
 def _sequences(interactions: pl.DataFrame, tokenizer: ItemTokenizer) -> pl.DataFrame:
@@ -104,13 +109,14 @@ def _without_last(sequences: pl.DataFrame, n: int) -> pl.DataFrame:
     return sequences.with_columns(pl.col(HISTORY).list.head(length - n))
 
 
-def _splits(train: pl.DataFrame, held_out: pl.DataFrame, protocol: str) -> DatasetDict:
+def _splits(train: pl.DataFrame, held_out: pl.DataFrame, description: str) -> DatasetDict:
+    """Return the parts; description begins with the protocol and a comma."""
     train = train.filter(pl.col(HISTORY).list.len() >= 2)
     for name, part in (("train", train), ("test", held_out)):
         if part.is_empty():
             raise DataError(
                 "interactions",
-                f"the {protocol} split leaves no sequence for {name}",
+                f"the {description.partition(',')[0]} leaves no sequence for {name}",
                 "Pass a log whose users have three interactions or more (and a lower quantile "
                 "for the temporal split)",
             )
@@ -121,4 +127,5 @@ def _splits(train: pl.DataFrame, held_out: pl.DataFrame, protocol: str) -> Datas
         for n in (2, 1)
     )
     parts = {"train": train, "validation": validation, "test": test}
-    return DatasetDict({name: Dataset(part.to_arrow()) for name, part in parts.items()})
+    info = DatasetInfo(description=description)
+    return DatasetDict({name: Dataset(part.to_arrow(), info=info) for name, part in parts.items()})

@@ -41,6 +41,7 @@ def as_backbone(
         )
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
+    config.name_or_path = ""  # may be a path of this machine, which nobody else needs to know
     config.vocab_size = vocab_size
     config.pad_token_id = pad_token_id
     config.use_cache = False

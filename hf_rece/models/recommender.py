@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
@@ -22,6 +20,8 @@ from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
 from hf_rece.models.backbone import make_backbone, name_of_embeddings
 from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
+from hf_rece.models.loading import check_sizes
+from hf_rece.models.publishing import PublishedRecommender
 from hf_rece.models.recommendation import (
     Recommendation,
     RecommenderOutput,
@@ -29,14 +29,13 @@ from hf_rece.models.recommendation import (
     named_recommendations,
 )
 from hf_rece.models.recommender_config import RecommenderConfig
-from hf_rece.models.sparse_checkpoint import SparseCheckpoints
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
 LOGIT_SHAPING = ("logit_scale", "logit_softcap")
 
 
-class RecommenderModel(SparseCheckpoints):
+class RecommenderModel(PublishedRecommender):
     """Next-item recommender: a decoder whose tokens are items, trained without logits.
 
     Labels are aligned: labels[t] is the item after input_ids[t]; nothing is shifted.
@@ -295,8 +294,8 @@ class RecommenderModel(SparseCheckpoints):
             batch_size: histories encoded at once.
 
         Raises:
-            ArgumentError: if the model has no tokenizer, k or batch_size < 1, or histories is one
-                history rather than a list of them.
+            ArgumentError: if the model has no tokenizer or one with more items than rows, k or
+                batch_size < 1, or histories is one history rather than a list of them.
             DataError: if an allowed item is unknown.
         """
         tokenizer = self.tokenizer
@@ -304,6 +303,7 @@ class RecommenderModel(SparseCheckpoints):
             raise ArgumentError(
                 "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"
             )
+        check_sizes(tokenizer, self.config.vocab_size)
         for name, value in (("k", k), ("batch_size", batch_size)):
             if value < 1:
                 raise ArgumentError(name, value, "nothing would be answered", "Pass 1 or more")
@@ -362,28 +362,3 @@ class RecommenderModel(SparseCheckpoints):
             seen_ids=seen,
             allowed_ids=allowed,
         )
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
-        """Save config and weights, and the tokenizer where the model has one."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, source: str | Path, *args: Any, **kwargs: Any
-    ) -> RecommenderModel:
-        """Load a saved recommender, with its tokenizer where one is saved beside it."""
-        model = super().from_pretrained(source, *args, **kwargs)
-        loaded = model[0] if isinstance(model, tuple) else model
-        hub = {
-            name: kwargs[name]
-            for name in ("revision", "token", "cache_dir", "local_files_only")
-            if name in kwargs
-        }
-        items_file = ItemTokenizer.vocab_files_names["items_file"]
-        if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
-            loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
-        return model

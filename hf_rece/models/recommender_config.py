@@ -28,6 +28,8 @@ class RecommenderConfig(PreTrainedConfig):
             hf_rece.embeddings.item_table; None for dense.
         loss_type: name of the training loss, see hf_rece.losses.
         loss_kwargs: its knobs. With "sparse_grad", the item embeddings' gradients are sparse too.
+        training_run: what the model card says of the training: data, cost, metrics. Written by
+            RecommenderTrainer.
 
     Raises:
         ArgumentError: for an unknown loss, knob, table or setting, a reduction other than "mean",
@@ -44,6 +46,7 @@ class RecommenderConfig(PreTrainedConfig):
     item_embedding: dict[str, Any] | None = None
     loss_type: str = "cross_entropy"
     loss_kwargs: dict[str, Any] | None = None
+    training_run: dict[str, Any] | None = None
     pad_token_id: int | None = PAD_ID
 
     def __post_init__(self, **kwargs: Any) -> None:

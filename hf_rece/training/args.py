@@ -57,6 +57,10 @@ class LargeVocabTrainingArguments(TrainingArguments):
         if self.loss_of_head is not None:
             build_loss(self.loss_of_head, **self.loss_knobs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the Hub's token: Trainer pickles it beside what it publishes."""
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def loss_of_head(self) -> str | None:
         """Name in LOSSES of what the head computes."""

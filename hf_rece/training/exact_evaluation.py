@@ -9,11 +9,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from hf_rece.errors import ArgumentError
 from hf_rece.head import find_head
+from hf_rece.training.publishing import Publishing
 
 # What is summed over the tokens of a row of the batch.
 _SUMMED = ("loss", "entropy", "mean_token_accuracy")
@@ -45,7 +46,7 @@ def refuse_logits(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         )
 
 
-class ExactEvaluation(Trainer):
+class ExactEvaluation(Publishing):
     """Trainer that evaluates a model whose head is replaced, exactly and without logits.
 
     Evaluation reports, over all labelled tokens of the dataset, each once: loss, the exact

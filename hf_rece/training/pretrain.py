@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -23,9 +20,9 @@ from transformers import (
 
 from hf_rece.data.text import load_text, token_blocks
 from hf_rece.errors import ArgumentError, DataError
-from hf_rece.head import find_head
 from hf_rece.training.args import LargeVocabTrainingArguments, json_object
-from hf_rece.training.card import write_card
+from hf_rece.training.publishing import LanguageModelFacts, readme_of_somebody
+from hf_rece.training.record import peak_mib
 from hf_rece.training.trainer import LargeVocabTrainer
 
 
@@ -160,10 +157,10 @@ def run_training(
         tokens_a_step: tokens a training sequence, if all are equally long; else counted.
         base_model: Hub id or folder of what is fine-tuned.
     """
+    readme = readme_of_somebody(trainer.args.output_dir)
     before = trainer.evaluate()
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     after = trainer.evaluate()
-    trainer.save_model()
     seconds = result.metrics["train_runtime"]
     tokens = (
         trainer.state.num_input_tokens_seen
@@ -171,13 +168,15 @@ def run_training(
         else result.metrics["train_samples_per_second"] * seconds * tokens_a_step
     )
     run = LanguageModelRun(trainer, before, after, tokens / seconds, peak_mib())
+    figures = summary(run)
+    trainer.language_model_facts = LanguageModelFacts(figures, base_model, readme)
+    trainer.save_model()
     if trainer.is_world_process_zero():
-        folder, figures = Path(trainer.args.output_dir), summary(run)
-        (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
-        head = find_head(trainer.accelerator.unwrap_model(trainer.model))
-        loss = {"loss_type": "cross_entropy"} if head is None else head.loss.to_dict()
+        (Path(trainer.args.output_dir) / "metrics.json").write_text(
+            json.dumps(figures, indent=1) + "\n"
+        )
         if "perplexity_after" in figures:
-            write_card(folder, loss, figures, base_model)
+            trainer.create_model_card()
     return run
 
 
@@ -205,11 +204,3 @@ def show_run(run: LanguageModelRun) -> None:
     console = Console()
     console.print(table)
     console.print(f"{run.tokens_per_second:,.0f} tokens/s, peak memory {run.peak_mib:,.0f} MiB")
-
-
-def peak_mib() -> float:
-    """Return the largest memory so far: of the accelerator if there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -179,6 +179,9 @@ def train_recommender(
         ks=training.ranking_ks,
         filter_seen=training.filter_seen,
     )
+    trainer.record_metrics("most popular, test", baseline)
+    if data.dataset_name and not Path(data.dataset_name).exists():
+        trainer.record(dataset=data.dataset_name)
     trainer.save_model()
     if trainer.is_world_process_zero():
         record = {"test": metrics, "most_popular": baseline}

@@ -52,7 +52,9 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
         return _OF_TRL.get(self.loss_type, self.loss_type)
 
 
-class LargeVocabSFTTrainer(SparseGradients, ExactEvaluation, SFTTrainer):
+class LargeVocabSFTTrainer(  # type: ignore[misc]
+    SparseGradients, ExactEvaluation, SFTTrainer
+):
     """SFTTrainer whose loss never builds logits.
 
     TRL prepares the data (chat templates, packing, completion-only and assistant-only loss) and

@@ -19,6 +19,7 @@ from hf_rece.head.replace import change_head_loss
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.record import RecordedRun
 from hf_rece.training.sparse_gradients import SparseGradients
 
 
@@ -97,7 +98,7 @@ def _own_loss(model: nn.Module, knobs: dict[str, Any]) -> tuple[str, dict[str, A
     return own.pop("loss_type"), {**own, **knobs}
 
 
-class RecommenderTrainer(LargeVocabTrainer):
+class RecommenderTrainer(RecordedRun, LargeVocabTrainer):
     """Trains a RecommenderModel on sequences and ranks the full catalogue for evaluation.
 
     Datasets are those of leave_one_out_split and temporal_split. Evaluation reports the exact loss
@@ -105,6 +106,8 @@ class RecommenderTrainer(LargeVocabTrainer):
     (eval_ndcg@10). Predictions are (items above the target, items tied with it, top-k ids, exact
     loss), a row for each user in the order of the dataset: no (users x catalogue) matrix is ever
     made.
+
+    Data, cost and metrics of the run are kept in the model's configuration and shown by its card.
 
     Args:
         model: RecommenderModel.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 from hf_rece.models.sparse_checkpoint import (
     holds,
     pack_bits,
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_does_not_load(tmp_path):
     save_file(stored, path, metadata={"format": "pt"})
     with pytest.raises(ArgumentError, match=r"values=.*damaged"):
         model.load_state_dict(load_file(path), strict=False)
-    with pytest.raises(RuntimeError, match="CONVERSION"):
+    with pytest.raises(DataError, match=r"its weights do not fit .* or are damaged"):
         RecommenderModel.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,145 @@
+"""What can be wrong with a saved recommender, each said in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.errors import ArgumentError, DataError
+
+SOURCE = "pretrained_model_name_or_path"
+_OPTIONS = (
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder",
+)  # fmt: skip
+
+
+def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of from_pretrained's arguments that say where a file comes from."""
+    return {name: given[name] for name in _OPTIONS if name in given}
+
+
+def check_is_recommender(source: str, model_type: str, hub: Mapping[str, Any]) -> None:
+    """Check that `source` holds a model of a type.
+
+    Args:
+        source: folder or Hub id.
+        model_type: what its configuration must say.
+        hub: as hub_options returns them.
+
+    Raises:
+        ArgumentError: if it holds another model, or none.
+    """
+    found, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    if found.get("model_type") == model_type:
+        return
+    if not found:
+        raise ArgumentError(
+            SOURCE, source, f"there is no {CONFIG_NAME} in it", "Pass what save_pretrained wrote"
+        )
+    kind = ", ".join([str(found.get("model_type")), *(found.get("architectures") or [])])
+    raise ArgumentError(
+        SOURCE,
+        source,
+        f"it holds another model ({kind}), not a recommender",
+        "Load it with transformers' AutoModel, or pass a recommender's folder or Hub id",
+    )
+
+
+def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
+    """Check that a model has a row for each item.
+
+    Raises:
+        ArgumentError: if the tokenizer has more items than the model has rows.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ArgumentError(
+            "tokenizer",
+            f"{len(tokenizer) - 1} items",
+            f"the model has vocab_size={vocab_size}, rows for {vocab_size - 1} items",
+            "Pass the tokenizer that the model was trained with",
+        )
+
+
+@contextmanager
+def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
+    """Turn errors of loading into one message that names the argument, its value and the fix.
+
+    Args:
+        source: folder or Hub id.
+        hub: as hub_options returns them.
+
+    Raises:
+        ArgumentError: for a repository or revision that is not there or not to be read.
+        DataError: for weights that are damaged, or do not fit the configuration.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(
+            _damaged_file(source, hub),
+            f"damaged or cut short ({error})",
+            "Copy or download it again, from the Hub with force_download=True",
+        ) from error
+    except OSError as error:
+        causes = tuple(_causes(error))
+        if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+            raise ArgumentError(
+                "revision",
+                hub.get("revision"),
+                f"{source} has no such branch, tag or commit",
+                "Pass one that it has, or none for its main branch",
+            ) from error
+        unknown = (RepositoryNotFoundError, HFValidationError)
+        if any(isinstance(cause, unknown) for cause in causes):
+            raise ArgumentError(
+                SOURCE,
+                source,
+                "no such folder, and no such repository that you may read on the Hub",
+                "Check the name; for a private repository log in with `hf auth login`, or pass "
+                "token=...",
+            ) from error
+        raise
+    except RuntimeError as error:
+        if "mismatched" not in str(error) and "CONVERSION" not in str(error):
+            raise
+        raise DataError(
+            source,
+            f"its weights do not fit its {CONFIG_NAME}, or are damaged ({_first_line(error)})",
+            "Save the model again; the warning above lists the weights",
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _damaged_file(source: str, hub: Mapping[str, Any]) -> str:
+    """Return the name of the first file of weights that cannot be opened, or else the source."""
+    config = cached_file(source, CONFIG_NAME, **{**hub, "force_download": False})
+    for path in sorted(Path(str(config)).parent.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{source}, {path.name}"
+    return source

@@ -1,0 +1,240 @@
+"""A recommender that is saved, shared and loaded as one repository: weights, items, card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils.hub import cached_file
+from typing_extensions import Self
+
+from hf_rece.card import README, is_generated, write_card
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.errors import HubError
+from hf_rece.models.loading import (
+    check_is_recommender,
+    check_sizes,
+    clear_loading_errors,
+    hub_options,
+)
+from hf_rece.models.recommender_card import recommender_card
+from hf_rece.models.recommender_config import RecommenderConfig
+from hf_rece.models.sparse_checkpoint import SparseCheckpoints
+from hf_rece.version import __version__
+
+_PUSH_OPTIONS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
+    "tags",
+)  # fmt: skip
+
+
+class PublishedRecommender(SparseCheckpoints):
+    """Base of RecommenderModel: saves and loads the tokenizer and a model card with the weights."""
+
+    config: RecommenderConfig
+    config_class = RecommenderConfig
+    tokenizer: ItemTokenizer | None
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Save config and weights, the tokenizer where the model has one, and a model card.
+
+        A README.md that somebody wrote or edited stays as it is, with a warning.
+
+        Args:
+            save_directory: folder; its name is the model's in the card.
+            **kwargs: as PreTrainedModel's; with push_to_hub=True also those of push_to_hub.
+        """
+        pushes = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
+        self._save_without_card(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.write_model_card(save_directory)
+            if pushes:
+                self.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
+
+    def _save_without_card(self, folder: str | Path, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(folder)
+
+    def write_model_card(
+        self, folder: str | Path, repo_id: str | None = None, tags: Sequence[str] = ()
+    ) -> bool:
+        """Write README.md into a folder, unless somebody wrote or edited the one that is there.
+
+        Args:
+            folder: that the model is saved in.
+            repo_id: how the card's example names the model; the folder's name if None.
+            tags: more tags.
+
+        Returns:
+            Whether the card was written.
+        """
+        items = [] if self.tokenizer is None else self.tokenizer.items
+        name = Path(folder).resolve().name if repo_id is None else repo_id
+        return write_card(folder, recommender_card(self.config, name, items, tags))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] | str | None = None,
+    ) -> Any:
+        """Upload weights, tokenizer and model card to the Hub, in one commit.
+
+        A card that somebody wrote or edited on the Hub stays as it is.
+
+        Args:
+            repo_id: of the repository, made if it is not there.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: make a new repository private.
+            token: of a user who may write there; that of `hf auth login` if None.
+            revision: branch to push to, made if it is not there.
+            create_pr: open a pull request instead.
+            max_shard_size: of a file of weights.
+            tags: more tags for the card.
+
+        Returns:
+            The commit's description, as HfApi.create_commit.
+
+        Raises:
+            HubError: if the Hub refuses; then nothing is published.
+        """
+        api = HfApi(library_name="hf_rece", library_version=__version__, token=token)
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        with clear_upload_errors(repo_id), TemporaryDirectory() as folder:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            fetch_card(repo_id, folder, token=token, revision=revision)
+            self._save_without_card(folder, max_shard_size=max_shard_size)
+            self.write_model_card(folder, repo_id, [*(self.model_tags or []), *more])
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a saved recommender, with its tokenizer where one is saved beside it.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *args: as PreTrainedModel's.
+            **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others.
+
+        Raises:
+            ArgumentError: if there is no such repository or revision, if it holds another model, or
+                more items than the model has rows.
+            DataError: if weights are damaged, or do not fit the configuration.
+        """
+        if pretrained_model_name_or_path is None:  # from a configuration and weights at hand
+            return super().from_pretrained(None, *args, **kwargs)
+        source, hub = str(pretrained_model_name_or_path), hub_options(kwargs)
+        kwargs.setdefault("use_safetensors", True)
+        with clear_loading_errors(source, hub):
+            if kwargs.get("config") is None:
+                check_is_recommender(source, cls.config_class.model_type, hub)
+            model = super().from_pretrained(source, *args, **kwargs)
+            loaded = model[0] if isinstance(model, tuple) else model
+            items_file = ItemTokenizer.vocab_files_names["items_file"]
+            if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
+                loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
+                check_sizes(loaded.tokenizer, loaded.config.vocab_size)
+        return model
+
+
+def fetch_card(
+    repo_id: str, folder: str | Path, *, token: Any = None, revision: str | None = None
+) -> None:
+    """Put the Hub's README.md into `folder`, if the Hub has one and the folder none of a person.
+
+    Args:
+        repo_id: of a repository.
+        folder: where to put it.
+        token: of a user who may read it.
+        revision: branch.
+    """
+    here = Path(folder) / README
+    if here.exists() and not is_generated(here.read_text("utf-8")):
+        return
+    try:
+        there = hf_hub_download(repo_id, README, token=token, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return
+    here.write_text(Path(there).read_text("utf-8"), "utf-8")
+
+
+@contextmanager
+def clear_upload_errors(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one message.
+
+    Args:
+        repo_id: of the repository that is written to.
+
+    Raises:
+        HubError: in place of errors of the Hub and of the network.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        status = next(
+            (e.response.status_code for e in _chain(error) if isinstance(e, HfHubHTTPError)), None
+        )
+        no_token = isinstance(error, LocalTokenNotFoundError)
+        if status is None and not no_token and not any(map(_of_network, _chain(error))):
+            raise
+        reason = str(list(_chain(error))[-1]).strip().partition("\n")[0].rstrip(".")
+        if no_token or status in (401, 403, 404):
+            raise HubError(
+                repo_id,
+                f"the Hub lets you write nothing there ({reason})",
+                "Log in with `hf auth login` as a user who may, or pass token=...",
+            ) from error
+        raise HubError(
+            repo_id,
+            f"the upload failed, and nothing of it was published ({reason})",
+            "Push again: files that arrived are not sent twice",
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, and so on, down to what the Hub answered."""
+    while error is not None:
+        yield error
+        if isinstance(error, HfHubHTTPError):
+            return
+        error = error.__cause__
+
+
+def _of_network(error: BaseException) -> bool:
+    # huggingface_hub went from requests to httpx to httpx2: what they raise has no common class.
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
