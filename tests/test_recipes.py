@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_rece import cli
+from hf_rece import cli, generate_interactions
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SCRIPTS = sorted(path for path in RECIPES.rglob("*.py") if path.stem != "environment")
@@ -72,6 +72,24 @@ def test_the_training_recipe_ends_with_tables(tmp_path):
     assert "most popular" in output
     assert "Recommendations to test users" in output
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_newcomers_path_ends_with_the_same_recommendations(hub, tmp_path):
+    log = generate_interactions(120, 60)
+    log.rename({"user_id": "customer", "item_id": "product", "timestamp": "bought_at"}).write_csv(
+        tmp_path / "log.csv"
+    )
+    columns = ["--user_column", "customer", "--item_column", "product", "--time_column"]
+    words = ["--train_file", "log.csv", *columns, "bought_at", "--hub_model_id", "user/shop"]
+    small = ["--num_train_epochs", "2", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
+    output = run("sequential_recommendation/share.py", *words, *small, cwd=tmp_path)
+    assert "identical items and scores" in output
+    files = hub.repositories["user/shop"].files()
+    assert {"README.md", "config.json", "items.json", "metrics.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert "120 users" in card
+    assert str(tmp_path) not in card
 
 
 def test_the_losses_benchmark_measures_every_loss_beside_dense():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers.utils.hub import cached_file
-from typing_extensions import Self
 
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
@@ -31,6 +30,9 @@ from hf_rece.models.recommender_card import recommender_card
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints
 from hf_rece.version import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",

@@ -136,7 +136,7 @@ def train_recommender(
     training: RecommenderTrainingArguments,
     sparsity: SparsityArguments | None = None,
 ) -> TrainedRun:
-    """Train, choose the best checkpoint, test, and save model, tokenizer and metrics in output_dir.
+    """Train, choose the best checkpoint, test, and save model, tokenizer, metrics and a card.
 
     Args:
         data: which log, and how to split it.
@@ -182,11 +182,11 @@ def train_recommender(
     trainer.record_metrics("most popular, test", baseline)
     if data.dataset_name and not Path(data.dataset_name).exists():
         trainer.record(dataset=data.dataset_name)
-    trainer.save_model()
     if trainer.is_world_process_zero():
         record = {"test": metrics, "most_popular": baseline}
         path = Path(str(training.output_dir)) / "metrics.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
+    trainer.save_model()  # which may push
     return TrainedRun(model, metrics, baseline, splits)
 
 

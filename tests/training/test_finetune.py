@@ -89,6 +89,32 @@ def test_the_card_names_loss_and_perplexity_and_no_path(base, tmp_path):
     assert str(base) not in str(card)
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_is_pushed_has_the_card_of_the_run(base, tmp_path, hub, adapter):
+    more = ["--use_peft", "--lora_target_modules", "q_proj", "down_proj"] if adapter else []
+    push = ["--push_to_hub", "--hub_model_id", "user/lm", "--hub_strategy", "end"]
+    cli.finetune(words_for(base, tmp_path / "run", *more, *push))
+    card = ModelCard.load("user/lm")
+    assert card.data.library_name == ("peft" if adapter else "transformers")
+    assert card.data.eval_results[0].metric_type == "perplexity"
+    assert '.from_pretrained("user/lm")' in card.text
+    assert str(base) not in str(card)
+    loads = peft.AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    if not adapter:
+        assert loads.from_pretrained("user/lm").config.vocab_size == 61
+
+
+def test_a_readme_of_somebody_survives_fine_tuning(base, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "README.md").write_text("# Mine\n")
+    cli.finetune(
+        words_for(base, output, "--use_peft", "--lora_target_modules", "q_proj", "down_proj")
+    )
+    assert (output / "README.md").read_text() == "# Mine\n"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
