@@ -154,6 +154,13 @@ def test_the_metrics_are_a_valid_model_index(trained):
     assert {"hf_rece", "sequential-recommendation", "loss:rece"} <= set(data.tags)
 
 
+def test_other_data_are_not_taken_for_validation(trained):
+    trainer, _ = trained
+    before = trainer.model.config.training_run["metrics"]["validation"]
+    trainer.evaluate(trainer.eval_dataset.select(range(5)))
+    assert trainer.model.config.training_run["metrics"]["validation"] == before
+
+
 def test_neither_card_nor_configuration_holds_a_path_or_token(trained):
     trainer, _ = trained
     from pathlib import Path
@@ -196,6 +203,15 @@ def test_the_fingerprint_tells_logs_apart():
     fewer = leave_one_out_split(log.head(len(log) - 1), tokenizer)["train"].info.description
     assert first == again
     assert first.split("SHA-256")[1] != fewer.split("SHA-256")[1]
+
+
+def test_sparse_learning_is_said_and_cited(tmp_path):
+    config = RecommenderConfig(backbone=SASRecConfig(hidden_size=8), vocab_size=9)
+    config.training_run = {"density": 0.2}
+    RecommenderModel(config).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "20% of the weights" in text
+    assert "2402.02855" in text
 
 
 def test_a_path_of_the_backbone_is_not_saved(tmp_path):

@@ -41,6 +41,7 @@ class RecordedRun(Publishing):
         model.config.training_run = data_facts(self.train_dataset)
         result = super().train(*args, **kwargs)
         self.record(
+            **data_facts(self.train_dataset),  # model_init may have made another model
             sequences=_length(self.train_dataset),
             max_length=self.args.max_length,
             epochs=float(self.state.epoch or 0),
@@ -50,18 +51,21 @@ class RecordedRun(Publishing):
             peak_mib=round(peak_mib()),
             filter_seen=self.args.filter_seen,
         )
-        masks = model.weight_masks.values()
-        if masks:
-            active = sum(int(mask.sum()) for mask in masks)
-            self.record(density=active / sum(mask.numel() for mask in masks))
+        self.record(density=density_of(self._recommender() or model))
         self.record_metrics("validation", self._validation_of_the_model())
         return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as Trainer does, and record the metrics of the validation or test part."""
+        """Evaluate as Trainer does, and record the metrics.
+
+        Those of eval_dataset are recorded as of validation, and with metric_key_prefix="test" as of
+        test; of other datasets nothing is known.
+        """
         metrics = super().evaluate(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        part = {"eval": "validation", "test": "test"}.get(prefix)
+        dataset = kwargs.get("eval_dataset", args[0] if args else None)
+        own = dataset is None or dataset is self.eval_dataset
+        part = {"eval": "validation" if own else None, "test": "test"}.get(prefix)
         if part is not None and not self.is_in_train:
             self.record_metrics(part, ranking_part(metrics, prefix))
         return metrics
@@ -113,6 +117,14 @@ def data_facts(train_dataset: Any) -> dict[str, Any]:
     """Return what a dataset of leave_one_out_split or temporal_split says of its log."""
     description = getattr(getattr(train_dataset, "info", None), "description", "")
     return {"data": description} if description else {}
+
+
+def density_of(model: RecommenderModel) -> float | None:
+    """Return the share of active weights among those that are thinned; None if none are."""
+    masks = list(model.weight_masks.values())
+    if not masks:
+        return None
+    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def device_name() -> str:
