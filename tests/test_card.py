@@ -133,7 +133,7 @@ def test_the_card_says_what_was_done(trained):
     assert "leave-one-out split" in text
     assert f"60 users, {log['item_id'].n_unique()} items and {len(log):,} interactions" in text
     assert re.search(r"SHA-256 [0-9a-f]{64}", text)
-    assert re.search(r"2 epochs, \d+ steps", text)
+    assert re.search(r"epochs: 2, steps: \d+", text)
     assert re.search(r"seconds on .*; peak memory [\d,]+ MiB", text)
     assert "items of the history left out" in text
     for paper in ("1808.09781", "2408.02354", "1909.02107"):

@@ -11,6 +11,7 @@ from huggingface_hub import (
     ModelCard,
     create_branch,
     create_repo,
+    list_repo_files,
     snapshot_download,
     upload_file,
 )
@@ -78,6 +79,27 @@ def test_a_push_is_one_commit_with_the_card(hub, model):
     assert card.data.library_name == "hf_rece"
     assert "books" in card.data.tags
     card.validate()
+
+
+def test_what_an_earlier_version_left_is_not_loaded(hub, model):
+    model.push_to_hub("user/shop")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    for size in ("1KB", "50GB"):
+        model.push_to_hub("user/shop", max_shard_size=size)
+        again = RecommenderModel.from_pretrained("user/shop")
+        assert again.recommend(HISTORIES) == model.recommend(HISTORIES)
+        assert ("model.safetensors" in files(hub)) == (size == "50GB")
+    model.tokenizer = None
+    model.push_to_hub("user/shop")
+    assert RecommenderModel.from_pretrained("user/shop").tokenizer is None
+
+
+def test_a_new_branch_leaves_the_main_one_alone(hub, model):
+    create_repo("user/shop")
+    model.push_to_hub("user/shop", revision="draft", commit_message=None)
+    assert files(hub) == {}
+    assert set(list_repo_files("user/shop", revision="draft")) == set(files(hub, revision="draft"))
 
 
 def test_saving_may_push(hub, model, tmp_path):
@@ -261,7 +283,8 @@ def test_a_trainer_without_a_right_to_the_repository_says_so(hub, model, tmp_pat
 
 def test_a_push_that_fails_during_training_is_not_silent(hub, model, tmp_path):
     settings = {"hub_model_id": "user/shop", "push_to_hub": True, "hub_strategy": "every_save"}
-    trainer = recommender_trainer(model, tmp_path / "run", **settings, save_steps=1)
+    settings |= {"hub_always_push": True, "save_steps": 1}
+    trainer = recommender_trainer(model, tmp_path / "run", **settings)
     hub.fail("POST .*/commit")
     with pytest.warns(UserWarning, match=r"a push during training to user/shop failed"):
         trainer.train()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -34,6 +40,8 @@ from hf_rece.version import __version__
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# What an earlier version may have left, and from_pretrained would read beside a later one.
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "items.json")
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
     "tags",
@@ -131,10 +139,11 @@ class PublishedRecommender(SparseCheckpoints):
             self.write_model_card(folder, repo_id, [*(self.model_tags or []), *more])
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
+            # upload_folder may split what it sends into several commits; this is one.
+            return api.create_commit(
+                repo_id,
+                _operations(folder, api.list_repo_files(repo_id, revision=revision)),
+                commit_message=commit_message or "Upload model",
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
@@ -170,6 +179,23 @@ class PublishedRecommender(SparseCheckpoints):
                 loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
         return model
+
+
+def _operations(
+    folder: str, there: Sequence[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return what makes a repository with the files `there` one with those of `folder`."""
+    paths = sorted(Path(folder).iterdir())
+    here = {path.name for path in paths}
+    stale = [
+        name
+        for name in there
+        if name not in here and any(fnmatch(name, pattern) for pattern in _REPLACED)
+    ]
+    return [
+        *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths),
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
+    ]
 
 
 def fetch_card(

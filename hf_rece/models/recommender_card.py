@@ -85,7 +85,7 @@ def _training(config: RecommenderConfig, run: dict[str, Any]) -> Iterator[str]:
     if "sequences" in run:
         yield (
             f"{run['sequences']:,} training sequences, the {run['max_length']} most recent items "
-            f"of each; {run['epochs']:.4g} epochs, {run['steps']:,} steps"
+            f"of each; epochs: {run['epochs']:.4g}, steps: {run['steps']:,}"
         )
     if "seconds" in run:
         yield (

@@ -131,7 +131,8 @@ def device_name() -> str:
     """Return what the model was trained on, as others would call it."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_mib() -> float:
