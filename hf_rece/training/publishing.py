@@ -91,14 +91,14 @@ class Publishing(Trainer):
         else:
             path.write_text(facts.readme, "utf-8")
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository on the Hub.
 
         Raises:
             HubError: if the Hub refuses.
         """
         with clear_upload_errors(self._repo_name()):
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push model, tokenizer and card as Trainer does.
@@ -109,7 +109,8 @@ class Publishing(Trainer):
         with clear_upload_errors(self._repo_name()):
             token = kwargs.get("token") or self.args.hub_token
             if self.hub_model_id is None:
-                self.init_hf_repo(token=token, private=kwargs.get("private"))
+                given = {name: kwargs[name] for name in ("private",) if name in kwargs}
+                self.init_hf_repo(token=token, **given)
             if self.hub_model_id is not None and self.is_world_process_zero():
                 revision = kwargs.get("revision") or self.args.hub_revision
                 folder = Path(str(self.args.output_dir))
