@@ -109,9 +109,7 @@ class PublishedRecommender(SparseCheckpoints):
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | str | None = None,
     ) -> Any:
-        """Upload weights, tokenizer and model card to the Hub, in one commit.
-
-        A card that somebody wrote or edited on the Hub stays as it is.
+        """Upload weights, tokenizer and card in one commit; a card edited on the Hub stays.
 
         Args:
             repo_id: of the repository, made if it is not there.

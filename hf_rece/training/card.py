@@ -51,14 +51,7 @@ def language_model_card(
     )
     loss_type = str(loss["loss_type"])
     knobs = {knob: value for knob, value in loss.items() if knob != "loss_type"}
-    columns = {
-        when: {
-            name.removesuffix(f"_{when}"): value
-            for name, value in figures.items()
-            if name.endswith(f"_{when}")
-        }
-        for when in ("before", "after")
-    }
+    columns = {when: _figures(figures, f"_{when}") for when in ("before", "after")}
     sections = {
         "": f"Trained with the loss {loss_text(loss_type, knobs)} of hf_rece {__version__}, "
         f"without logits. It is a model of {library} like any other.",
@@ -77,3 +70,10 @@ def language_model_card(
         results=[perplexity],
         metadata={"base_model": public, "pipeline_tag": "text-generation"},
     )
+
+
+def _figures(figures: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """Return the figures whose names end in `suffix`, by the rest of their names."""
+    return {
+        name.removesuffix(suffix): value for name, value in figures.items() if name.endswith(suffix)
+    }
