@@ -71,7 +71,7 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
     """
     n_buckets = len(directions)
     # Half a tile: the maximum is taken while the scores are still near the processor.
-    step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)))
+    step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     # Whole lanes of vector instructions: repeated directions change no maximum.

@@ -108,6 +108,17 @@ class Tile:
     class_log_weight: Tensor | None
 
 
+def one_group(n_tokens: int, device: torch.device) -> Tensor:
+    """Return (1, n) int32, all N tokens, padded so that matrix products of few shapes serve all N.
+
+    oneDNN keeps a program of a megabyte for every shape that it has met.
+    """
+    n_padded = n_tokens
+    if n_tokens > MIN_TILE_SIDE:
+        n_padded = -(-n_tokens // MIN_TILE_SIDE) * MIN_TILE_SIDE
+    return torch.arange(n_padded, dtype=torch.int32, device=device).clamp_(max=n_tokens)[None]
+
+
 def resolve_tile_bytes(tile_bytes: int | None, device: torch.device) -> int:
     """Return the byte budget of a tile: the caller's, or the device's default.
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STEP = 64
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return left (n, k) @ right (m, k).T, (n, m), outside autograd."""
     if _onednn_serves(left):
+        n = len(left)
+        # oneDNN keeps a program of a megabyte for every shape that it has met, and steps differ in
+        # their number of tokens: shapes must recur.
+        if n > _STEP and n % _STEP:
+            padded = torch.cat([left, left.new_zeros(_STEP - n % _STEP, left.shape[1])])
+            return product(padded, right)[:n]
         # torch.mm calls MKL, which runs at half of this speed on processors of other makers.
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
     return left @ right.T

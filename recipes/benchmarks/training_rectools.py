@@ -1,6 +1,6 @@
 """Train RecTools' SASRec on a split that training.py wrote; runs where RecTools is installed.
 
-    python recipes/benchmarks/training.py amazon_beauty.parquet --rectools_python PYTHON
+    python recipes/benchmarks/training_rectools.py FOLDER --epochs 10 ...  # as training.py calls it
 
 RecTools wants numpy < 2 (below Python 3.13) and pandas < 3, hf_rece numpy 2, so it lives in an
 environment of its own. Adam with betas .9 and .98, and the padding of every sequence to

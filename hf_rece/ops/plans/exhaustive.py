@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_rece.ops.plan import Grid, Plan
+from hf_rece.ops.plan import Grid, Plan, one_group
 
 
 def exhaustive_plan(
@@ -20,10 +20,10 @@ def exhaustive_plan(
         tile_bytes: bytes of a tile.
     """
     n_tokens = len(labels)
-    tokens = torch.arange(n_tokens, dtype=torch.int32, device=labels.device)
-    pairs = torch.stack([torch.zeros_like(labels), tokens.long(), labels], dim=1)
+    tokens = one_group(n_tokens, labels.device)
+    pairs = torch.stack([torch.zeros_like(labels), tokens[0, :n_tokens].long(), labels], dim=1)
     grid = Grid(
-        tokens=tokens.unsqueeze(0),
+        tokens=tokens,
         classes=None,
         skip=pairs,
         blocked=excluded_ids,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
-from hf_rece.ops.plan import Grid, Merge, Plan
+from hf_rece.ops.plan import Grid, Merge, Plan, one_group
 
 Sampler = Literal["uniform", "log_uniform", "in_batch"]
 SharedBy = Literal["batch", "sequence"]
@@ -63,9 +63,9 @@ def _sequence_table(
     sequence_ids: Tensor | None, n_sequences: int, n_tokens: int, device: torch.device
 ) -> Tensor:
     """Return (G, n) int32, the tokens of each sequence, padded with N."""
-    tokens = torch.arange(n_tokens, dtype=torch.int32, device=device)
     if sequence_ids is None or n_tokens == 0:
-        return tokens.unsqueeze(0)
+        return one_group(n_tokens, device)
+    tokens = torch.arange(n_tokens, dtype=torch.int32, device=device)
     lengths = torch.bincount(sequence_ids, minlength=n_sequences)
     first = lengths.cumsum(0) - lengths
     table = tokens.new_full((n_sequences, int(lengths.max())), n_tokens)
