@@ -163,7 +163,7 @@ def _grown_codes(
 def _free_code_near(
     code: Tensor, radices: Sequence[int], taken: set[int], generator: torch.Generator
 ) -> Tensor:
-    """Return a code (k,) that differs from `code` in as few digits as the taken ones allow: one.
+    """Return a free code (k,) that differs from `code` in one digit at most.
 
     Where all such are taken, `code` comes back.
     """
@@ -183,7 +183,7 @@ def _folded(codes: Tensor) -> list[int]:
     folded = np.zeros(len(codes), dtype=np.uint64)
     for column in codes.T:
         folded = mix(folded ^ column.numpy().astype(np.uint64))
-    return folded.tolist()  # type: ignore[no-any-return]
+    return folded.tolist()
 
 
 def _grown_signatures(

@@ -70,6 +70,7 @@ class GrowingCatalogue(PublishedRecommender):
             DataError: naming neighbours that are unknown.
 
         Example:
+            >>> from hf_rece import RecommenderConfig, RecommenderModel
             >>> model = RecommenderModel(RecommenderConfig(vocab_size=3))
             >>> model.tokenizer = ItemTokenizer(items=["a", "b"])
             >>> model.add_items(["c"], neighbours={"c": ["a"]})
