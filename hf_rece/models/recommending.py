@@ -76,7 +76,7 @@ class Recommending(GrowingCatalogue):
                 history rather than a list of them.
             DataError: if an allowed item is unknown.
         """
-        tokenizer = self._own_tokenizer()
+        tokenizer = self.own_tokenizer()
         _at_least_one(k=k, batch_size=batch_size)
         known = known_histories(tokenizer, histories)
         allowed, denied = self._limits(tokenizer, allowed_items, denied_items)
@@ -113,10 +113,10 @@ class Recommending(GrowingCatalogue):
         Raises:
             ArgumentError: as recommend.
         """
-        tokenizer = self._own_tokenizer()
+        tokenizer = self.own_tokenizer()
         _at_least_one(batch_size=batch_size)
         known = known_histories(tokenizer, histories)
-        empty = self.output_terms(self._no_states()).hidden
+        empty = self.output_terms().hidden
         vectors = empty.new_full((len(known), empty.shape[-1]), torch.nan)
         with _evaluating(self):
             for places, batch in _batches(known, batch_size):
@@ -140,8 +140,8 @@ class Recommending(GrowingCatalogue):
             ArgumentError: if the model has no tokenizer.
             DataError: naming items that are unknown.
         """
-        tokenizer = self._own_tokenizer()
-        rows = self.output_terms(self._no_states()).rows
+        tokenizer = self.own_tokenizer()
+        rows = self.output_terms().rows
         ids = torch.arange(1, len(tokenizer), device=self.device)
         if items is not None:
             ids = torch.tensor(tokenizer.convert_items_to_ids(items), device=self.device)
@@ -159,19 +159,24 @@ class Recommending(GrowingCatalogue):
             ArgumentError: if the model has no tokenizer, or items_at_once < 1.
         """
         _at_least_one(items_at_once=items_at_once)
-        items = self._own_tokenizer().items
+        items = self.own_tokenizer().items
         for start in range(0, len(items), items_at_once):
             part = items[start : start + items_at_once]
             yield part, self.item_vectors(part)
 
-    def output_terms(self, states: Tensor) -> OutputTerms:
-        """Return what the output layer computes of states (..., D), as rows."""
+    def output_terms(self, states: Tensor | None = None) -> OutputTerms:
+        """Return what the output layer computes of states (N, D), as rows; None for no states."""
+        if states is None:
+            shape = (0, self.config.hidden_size)
+            states = torch.empty(shape, dtype=self.dtype, device=self.device)
         return as_rows(self.item_head, states)
 
-    def _no_states(self) -> Tensor:
-        return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+    def own_tokenizer(self) -> ItemTokenizer:
+        """Return the tokenizer.
 
-    def _own_tokenizer(self) -> ItemTokenizer:
+        Raises:
+            ArgumentError: if the model has none.
+        """
         if self.tokenizer is None:
             raise ArgumentError(
                 "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"

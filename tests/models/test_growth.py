@@ -53,7 +53,7 @@ def make(table="dense", backbone="sasrec", vocab_size=30, **knobs):
 
 
 def rows_of(model, ids):
-    rows = model.output_terms(model._no_states()).rows
+    rows = model.output_terms().rows
     return rows.rows(torch.as_tensor(ids)).detach().clone()
 
 
