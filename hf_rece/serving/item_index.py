@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 _FLAT_BELOW = 20_000  # items: a scan of fewer is as fast
 _ROWS_AT_ONCE = 65_536
 _TRAINING_ROWS_A_LIST = 64
+_FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
 _RANDOM_USERS, _RANDOM_ITEMS = 500, 10
 _PROBED_ROWS = 16
 _NORM_TOLERANCE = 0.02
@@ -88,7 +89,7 @@ class ItemIndex:
         factory: str | None = None,
         target_recall: float = 0.95,
         k: int = 10,
-        oversampling: int = 4,
+        oversampling: int = 10,
         seed: int = 0,
     ) -> ItemIndex:
         """Return an index of the model's items; prints its recall@k against exact search.
@@ -118,9 +119,8 @@ class ItemIndex:
         terms = _known_users(model, histories, random)
         n_rows = terms.rows.n_rows
         factory = factory or _default_factory(n_rows - 1)
-        index = _filled(_empty_index(factory, _vectors(terms, slice(1, 2)).shape[1]), terms, random)
-        norms = _norms(terms)
-        settings = IndexSettings(factory, 0, oversampling, 1.0, k, n_rows, norms)
+        index = _filled(factory, terms, random)
+        settings = IndexSettings(factory, 0, oversampling, 1.0, k, n_rows, _norms(terms))
         found = cls(index, settings)._tuned(terms, target_recall)
         Console().print(
             f"{n_rows - 1:,} items, {factory}, effort {found.settings.effort}: "
@@ -260,7 +260,7 @@ def _default_factory(n_items: int) -> str:
 def _empty_index(factory: str, width: int) -> Any:
     faiss = _faiss()
     try:
-        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ArgumentError(
             "factory", factory, str(error).splitlines()[-1], "Pass IVF4096,SQ8 or HNSW32"
@@ -275,16 +275,19 @@ def _empty_index(factory: str, width: int) -> Any:
     return index
 
 
-def _filled(index: Any, terms: OutputTerms, random: np.random.Generator) -> Any:
-    """Return the index, trained on a sample of the rows and filled with all."""
-    n_items = terms.rows.n_rows - 1
+def _filled(factory: str, terms: OutputTerms, random: np.random.Generator) -> Any:
+    """Return a new index, trained on a sample of the rows and filled with all."""
+    n_rows = terms.rows.n_rows
+    radius = max(float(_with_bias(terms, p).norm(dim=1).max()) for p in _slices(n_rows))
+    index = _empty_index(factory, _queries(terms).shape[1])
     _faiss().omp_set_num_threads(torch.get_num_threads())
     if not index.is_trained:
-        n_training = min(n_items, _TRAINING_ROWS_A_LIST * getattr(index, "nlist", 4096))
-        sample = np.sort(random.choice(n_items, n_training, replace=False)) + 1
-        index.train(_vectors(terms, torch.from_numpy(sample).to(terms.hidden.device)))
-    for start in range(1, n_items + 1, _ROWS_AT_ONCE):
-        index.add(_vectors(terms, slice(start, min(start + _ROWS_AT_ONCE, n_items + 1))))
+        n_training = min(n_rows - 1, _TRAINING_ROWS_A_LIST * getattr(index, "nlist", 4096))
+        sample = np.sort(random.choice(n_rows - 1, n_training, replace=False)) + 1
+        ids = torch.from_numpy(sample).to(terms.hidden.device)
+        index.train(_vectors(terms, ids, radius))
+    for piece in _slices(n_rows):
+        index.add(_vectors(terms, piece, radius))
     return index
 
 
@@ -308,20 +311,44 @@ def _known_users(
     return OutputTerms(users, rows, bias)
 
 
-def _vectors(terms: OutputTerms, ids: Tensor | slice) -> NDArray[np.float32]:
-    """Return rows (K, D), or (K, D + 1) with the bias in the last column."""
-    rows = terms.rows.rows(ids).float()
-    if terms.bias is not None:
-        rows = torch.cat([rows, terms.bias[ids].float().unsqueeze(1)], dim=1)
-    return np.ascontiguousarray(rows.detach().cpu().numpy())
+def _vectors(terms: OutputTerms, ids: Tensor | slice, radius: float) -> NDArray[np.float32]:
+    """Return points (K, width) whose distance to a query falls as their score rises.
+
+    The longest row has length `radius`; every other gets what it lacks of that in one more column,
+    so that all lie on a sphere, where the nearest point is the one with the largest inner product.
+    """
+    rows = _with_bias(terms, ids)
+    lacking = (radius**2 - rows.square().sum(1, keepdim=True)).clamp_(min=0).sqrt()
+    return _points(rows, lacking)
 
 
 def _queries(terms: OutputTerms) -> NDArray[np.float32]:
-    """Return states (N, D), or (N, D + 1) with a one for the bias."""
+    """Return states (N, width), with a one for the bias."""
     hidden = terms.hidden.detach().float()
     if terms.bias is not None:
         hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
-    return np.ascontiguousarray(hidden.cpu().numpy())
+    return _points(hidden, hidden.new_zeros(len(hidden), 1))
+
+
+def _with_bias(terms: OutputTerms, ids: Tensor | slice) -> Tensor:
+    """Return rows (K, D), or (K, D + 1) with the bias in the last column."""
+    rows = terms.rows.rows(ids).detach().float()
+    if terms.bias is None:
+        return rows
+    return torch.cat([rows, terms.bias[ids].detach().float().unsqueeze(1)], dim=1)
+
+
+def _points(columns: Tensor, last: Tensor) -> NDArray[np.float32]:
+    """Return both side by side on the CPU, filled up to a width that faiss is fast for."""
+    points = torch.cat([columns, last], dim=1)
+    points = torch.nn.functional.pad(points, (0, -points.shape[1] % _FAST_WIDTH))
+    return np.ascontiguousarray(points.cpu().numpy())
+
+
+def _slices(n_rows: int) -> Iterator[slice]:
+    """Yield the rows from 1 on in pieces."""
+    for start in range(1, n_rows, _ROWS_AT_ONCE):
+        yield slice(start, min(start + _ROWS_AT_ONCE, n_rows))
 
 
 def _exact_scores(terms: OutputTerms, ids: Tensor) -> Tensor:
