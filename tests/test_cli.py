@@ -11,6 +11,7 @@ from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli, pla
 from hf_rece.embeddings.digits import own_codes
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.losses import LOSSES
+from hf_rece.serving.jobs import read_histories
 
 QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
 
@@ -167,12 +168,12 @@ def test_a_history_that_is_no_list_is_named(line, tmp_path):
     path = tmp_path / "histories.jsonl"
     path.write_text(f'["item"]\n\n{line}\n')
     with pytest.raises(DataError, match=r"histories\.jsonl, line 3: not a JSON list"):
-        cli.read_histories(str(path))
+        read_histories(str(path))
 
 
 def test_a_missing_file_of_histories_is_named():
     with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
-        cli.read_histories("no.jsonl")
+        read_histories("no.jsonl")
 
 
 def test_items_that_are_integers_are_read_as_such(tmp_path, capsys):
