@@ -95,7 +95,7 @@ class Recommending(GrowingCatalogue):
                     answers[place] = named_recommendations(tokenizer, scores, ids)
         return answers
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def user_vectors(self, histories: Sequence[Sequence[Item]], *, batch_size: int = 256) -> Tensor:
         """Return the state (D,) in which each history leaves the model.
 
@@ -123,7 +123,7 @@ class Recommending(GrowingCatalogue):
                 vectors[places] = self._user_terms(tokenizer, batch).hidden
         return vectors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def item_vectors(self, items: Sequence[Item] | None = None) -> Tensor:
         """Return the output rows of items: what a user's vector is multiplied with.
 

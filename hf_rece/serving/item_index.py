@@ -24,7 +24,7 @@ from hf_rece.ops.topk import streamed_topk
 
 INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 
-_FLAT_BELOW = 20_000  # items: a scan of fewer is as fast
+_FLAT_BELOW = 100_000  # items: a scan of fewer is about as fast
 _ROWS_AT_ONCE = 65_536
 _TRAINING_ROWS_A_LIST = 64
 _FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
@@ -80,7 +80,7 @@ class ItemIndex:
         self.settings = settings
 
     @classmethod
-    @torch.inference_mode()
+    @torch.no_grad()
     def build(
         cls,
         model: RecommenderModel,
@@ -130,6 +130,7 @@ class ItemIndex:
         )
         return found
 
+    @torch.no_grad()
     def search(
         self,
         terms: OutputTerms,
