@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from losses import resident_mib
+from measuring import resident_mib
 from rich.console import Console
 from rich.table import Table
 
