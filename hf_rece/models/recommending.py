@@ -14,6 +14,7 @@ from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError
 from hf_rece.models.growth import GrowingCatalogue
+from hf_rece.models.loading import check_sizes
 from hf_rece.models.recommendation import (
     Recommendation,
     known_histories,
@@ -175,12 +176,13 @@ class Recommending(GrowingCatalogue):
         """Return the tokenizer.
 
         Raises:
-            ArgumentError: if the model has none.
+            ArgumentError: if the model has none, or one with more items than rows.
         """
         if self.tokenizer is None:
             raise ArgumentError(
                 "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"
             )
+        check_sizes(self.tokenizer, self.config.vocab_size)
         return self.tokenizer
 
     def _limits(
