@@ -40,6 +40,7 @@ from hf_rece.models.auto import register_auto_classes
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.pipeline import register_pipeline
 from hf_rece.version import __version__
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ __all__ = [
 ]
 
 register_auto_classes()
+register_pipeline()
 
 
 def __getattr__(name: str) -> Any:

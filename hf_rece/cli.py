@@ -19,6 +19,14 @@ from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
 from hf_rece.models.recommender import RecommenderModel
+from hf_rece.serving.export import export_encoder
+from hf_rece.serving.jobs import (
+    ExportArguments,
+    IndexArguments,
+    RecommendArguments,
+    build_index,
+    recommend_as_asked,
+)
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
 from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
 from hf_rece.training.pretrain import pretrain as pretrain_model
@@ -38,7 +46,9 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
 
   train      train a recommender on a log, or on an embedded synthetic one
   evaluate   rank the full catalogue for the test users of a log
-  recommend  recommend next items for histories
+  recommend  recommend next items for histories, or for a Parquet file of users
+  index      build an approximate index of a recommender's items (needs hf_rece[ann])
+  export     write a recommender's encoder as .pt2 or .onnx (needs hf_rece[onnx])
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
   plan       print what every loss would cost at a shape: memory, operations, candidates
@@ -81,30 +91,6 @@ class PretrainDefaults(LargeVocabTrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the text."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share below 1."})
-
-
-@dataclass
-class RecommendArguments:
-    """What to recommend, and with which model."""
-
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a saved recommender."})
-    history: list[str] = field(
-        default_factory=list, metadata={"help": "One history: item ids in order of time."}
-    )
-    histories_file: str | None = field(
-        default=None, metadata={"help": "JSON lines, each a list of item ids, in place of history."}
-    )
-    k: int = field(default=10, metadata={"help": "Items to recommend."})
-    keep_seen: bool = field(default=False, metadata={"help": "Recommend items of the history too."})
-
-    def __post_init__(self) -> None:
-        if bool(self.history) == bool(self.histories_file):
-            raise ArgumentError(
-                "history",
-                self.history,
-                "needs exactly one source",
-                "Pass history or histories_file",
-            )
 
 
 @dataclass
@@ -159,24 +145,22 @@ def evaluate(words: Sequence[str] | None = None) -> None:
 
 
 def recommend(words: Sequence[str] | None = None) -> None:
-    """Print the best next items of each history."""
+    """Print the best next items of each history, or write them for a file of users."""
     (arguments,) = parse((RecommendArguments,), words, "recommend")
-    model = RecommenderModel.from_pretrained(arguments.model_name_or_path)
-    histories: list[list[Any]] = [arguments.history]
-    if arguments.histories_file:
-        histories = read_histories(arguments.histories_file)
-    elif model.tokenizer is not None and isinstance(model.tokenizer.items[0], int):
-        # What is no integer is no item of this model; recommend says so.
-        histories = [[_as_integer(item) for item in arguments.history]]
-    answers = model.recommend(histories, arguments.k, filter_seen=not arguments.keep_seen)
-    table = Table(title="Recommendations")
-    for name in ("history", "rank", "item", "score"):
-        table.add_column(name, justify="right" if name in ("rank", "score") else "left")
-    for history, answer in zip(histories, answers, strict=True):
-        for rank, found in enumerate(answer, start=1):
-            shown = " ".join(map(str, history[-4:])) if rank == 1 else ""
-            table.add_row(shown, str(rank), str(found.item), f"{found.score:.3f}")
-    Console().print(table)
+    recommend_as_asked(arguments)
+
+
+def index(words: Sequence[str] | None = None) -> None:
+    """Build an index of a model's items, print its recall, and save it beside the model."""
+    (arguments,) = parse((IndexArguments,), words, "index")
+    build_index(arguments)
+
+
+def export(words: Sequence[str] | None = None) -> None:
+    """Write the encoder of a model."""
+    (arguments,) = parse((ExportArguments,), words, "export")
+    export_encoder(RecommenderModel.from_pretrained(arguments.model_name_or_path), arguments.output)
+    Console().print(f"Encoder saved in {arguments.output}")
 
 
 def pretrain(words: Sequence[str] | None = None) -> None:
@@ -248,28 +232,6 @@ def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Tabl
     return table
 
 
-def read_histories(path: str) -> list[list[Any]]:
-    """Return the histories of a file of JSON lines.
-
-    Raises:
-        DataError: naming the file, or the line that is not a list.
-    """
-    histories = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            history = json.loads(line)
-        except json.JSONDecodeError:
-            history = None
-        if not isinstance(history, list):
-            raise DataError(
-                f"{path}, line {number}", "not a JSON list", 'Write a history as ["item", "item"]'
-            )
-        histories.append(history)
-    return histories
-
-
 def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
@@ -320,17 +282,12 @@ def _read(path: str) -> str:
         raise DataError(path, "no such file", "Check the path") from None
 
 
-def _as_integer(word: str) -> int | str:
-    try:
-        return int(word)
-    except ValueError:
-        return word
-
-
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "recommend": recommend,
+    "index": index,
+    "export": export,
     "pretrain": pretrain,
     "finetune": finetune,
     "plan": plan,

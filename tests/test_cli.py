@@ -11,6 +11,7 @@ from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli, pla
 from hf_rece.embeddings.digits import own_codes
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.losses import LOSSES
+from hf_rece.serving.jobs import read_histories
 
 QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", "--use_cpu"]
 
@@ -77,6 +78,53 @@ def test_recommend_answers_histories_given_and_from_a_file(trained, capsys):
     assert sum(item in by_flag for item in items[2:]) == 3
 
 
+def test_recommend_keeps_to_lists(trained, capsys):
+    folder, _ = trained
+    items = json.loads((folder / "model" / "items.json").read_text())
+    model = ["--model_name_or_path", str(folder / "model"), "--history", items[0]]
+    cli.recommend([*model, "--allowed_items", *items[1:4], "--denied_items", items[2]])
+    shown = capsys.readouterr().out
+    assert [item in shown for item in items[1:4]] == [True, False, True]
+
+
+def test_recommend_answers_a_file_of_users(trained, capsys):
+    folder, _ = trained
+    items = json.loads((folder / "model" / "items.json").read_text())
+    users = pl.DataFrame({"who": [1, 2], "took": [items[:2], items[3:4]]})
+    users.write_parquet(folder / "users.parquet")
+    words = ["--users", str(folder / "users.parquet"), "--output", str(folder / "recs.parquet")]
+    columns = ["--user_column", "who", "--history_column", "took"]
+    cli.recommend(["--model_name_or_path", str(folder / "model"), "--k", "3", *words, *columns])
+    assert "6 recommendations to 2 of 2 users; 0 unknown" in capsys.readouterr().out
+    assert pl.read_parquet(folder / "recs.parquet")["who"].to_list() == [1, 1, 1, 2, 2, 2]
+
+
+def test_recommend_searches_the_index_beside_the_model(trained, capsys):
+    pytest.importorskip("faiss")
+    folder, _ = trained
+    items = json.loads((folder / "model" / "items.json").read_text())
+    model = ["--model_name_or_path", str(folder / "model")]
+    cli.index(model)
+    assert "recall@10 1.000" in capsys.readouterr().out
+    cli.recommend([*model, "--history", items[0]])
+    exact = capsys.readouterr().out
+    cli.recommend([*model, "--history", items[0], "--use_index"])
+    assert capsys.readouterr().out == exact
+
+
+@pytest.mark.slow
+def test_export_writes_the_encoder(trained, capsys):
+    folder, _ = trained
+    path = folder / "encoder.pt2"
+    cli.export(["--model_name_or_path", str(folder / "model"), "--output", str(path)])
+    assert path.exists()
+
+
+def test_users_and_output_go_together():
+    with pytest.raises(ArgumentError, match="output=None: goes with users"):
+        cli.RecommendArguments("model", users="u.parquet")
+
+
 def test_yaml_sets_what_flags_override(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("hidden_size: 12\nloss_kwargs: {n_rounds: 3}\nloss_type: rece\n")
@@ -120,12 +168,12 @@ def test_a_history_that_is_no_list_is_named(line, tmp_path):
     path = tmp_path / "histories.jsonl"
     path.write_text(f'["item"]\n\n{line}\n')
     with pytest.raises(DataError, match=r"histories\.jsonl, line 3: not a JSON list"):
-        cli.read_histories(str(path))
+        read_histories(str(path))
 
 
 def test_a_missing_file_of_histories_is_named():
     with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
-        cli.read_histories("no.jsonl")
+        read_histories("no.jsonl")
 
 
 def test_items_that_are_integers_are_read_as_such(tmp_path, capsys):

@@ -14,7 +14,7 @@ FLOORS = {
     "head": 3,
     "models": 4,
     "training": 5,
-    "hub": 6, "pipeline": 6,
+    "hub": 6, "pipeline": 6, "serving": 6,
     "cli": 7,
     "__init__": 8,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -55,11 +56,7 @@ class ItemTokenizer(PythonBackend):
             items = _read_items(items_file)
         self.items: list[Item] = list(items)
         _check_items(self.items)
-        # An item may be called [PAD]: the padding token then takes another name.
-        pad_token = "[PAD]"
-        while pad_token in self._id_of:
-            pad_token += "_"
-        kwargs["pad_token"] = pad_token
+        kwargs["pad_token"] = self._free_pad_token()
         kwargs.setdefault("truncation_side", "left")
         super().__init__(**kwargs)
 
@@ -73,7 +70,43 @@ class ItemTokenizer(PythonBackend):
     def _id_of(self) -> dict[Item, int]:
         return {item: token for token, item in enumerate(self.items, start=1)}
 
+    def _free_pad_token(self) -> str:
+        """Return [PAD], or another name where an item is called that."""
+        pad_token = "[PAD]"
+        while pad_token in self._id_of:
+            pad_token += "_"
+        return pad_token
+
     # ------------------------------------------------------------------------------- items and ids
+
+    def add_items(self, items: Sequence[Item]) -> int:
+        """Add new items behind those that are there, whose token ids stay; return how many.
+
+        A model needs rows for them: RecommenderModel.add_items grows tokenizer and model together.
+
+        Raises:
+            ArgumentError: naming items that repeat or are already known, or of another type.
+        """
+        self.check_new_items(items)
+        first = len(self)
+        self.items.extend(items)
+        self._id_of.update({item: token for token, item in enumerate(items, start=first)})
+        self.pad_token = self._free_pad_token()
+        return len(items)
+
+    def check_new_items(self, items: Sequence[Item]) -> None:
+        """Raise ArgumentError unless `items` are distinct, new, and of the type of those here."""
+        if isinstance(items, (str, int)):
+            raise ArgumentError("items", items, "one item, not a list of them", "Pass [item]")
+        known = [item for item in items if item in self._id_of]
+        counts = Counter(items)
+        repeated = [item for item, count in counts.items() if count > 1]
+        for wrong, problem in ((known, "already in the vocabulary"), (repeated, "given twice")):
+            if wrong:
+                raise ArgumentError(
+                    "items", wrong[:5], f"{len(wrong)} items are {problem}", "Leave them out"
+                )
+        _check_items([*self.items[:1], *items])
 
     def item_table(self) -> pl.DataFrame:
         """Return columns item_id and token_id, to encode a whole log by a join."""
@@ -184,7 +217,7 @@ class ItemTokenizer(PythonBackend):
             "new_tokens",
             [str(token) for token in new_tokens],
             "the vocabulary is the log's items",
-            "Make a tokenizer of all items with ItemTokenizer.from_interactions",
+            "Add items with add_items, of the model where there is one",
         )
 
     def _convert_token_to_id(self, token: str) -> int:

@@ -71,13 +71,30 @@ def known_histories(
         for history, kept in zip(histories, known, strict=True)
         for item in set(history) - set(kept)
     }
+    _warn_of_unknown(unknown, stacklevel=5)  # recommend's caller, past its inference_mode
+    return known
+
+
+def known_ids(tokenizer: ItemTokenizer, items: Sequence[Item]) -> set[int]:
+    """Return the token ids of the known ones of `items`; one warning names the others.
+
+    Raises:
+        ArgumentError: if items is one item rather than a list of them.
+    """
+    if isinstance(items, (str, int)):
+        raise ArgumentError("denied_items", items, "one item, not a list of them", "Pass [item]")
+    known = tokenizer.known_items(items)
+    _warn_of_unknown(set(items) - set(known), stacklevel=6)
+    return set(tokenizer.convert_items_to_ids(known))
+
+
+def _warn_of_unknown(unknown: set[Item], stacklevel: int) -> None:
     if unknown:
         shown = ", ".join(sorted(map(repr, unknown))[:5])
         warnings.warn(
             f"{len(unknown)} items are not in the vocabulary and were left out: {shown}",
-            stacklevel=4,  # recommend's caller, past its inference_mode
+            stacklevel=stacklevel,
         )
-    return known
 
 
 def named_recommendations(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,30 +11,23 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from hf_rece.data.item_tokenizer import Item, ItemTokenizer
+from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.embeddings.item_table import learn_item_table
 from hf_rece.embeddings.table_head import TableHead
-from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss, cross_entropy_loss
 from hf_rece.models.backbone import make_backbone, name_of_embeddings
 from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
-from hf_rece.models.loading import check_sizes
-from hf_rece.models.publishing import PublishedRecommender
-from hf_rece.models.recommendation import (
-    Recommendation,
-    RecommenderOutput,
-    known_histories,
-    named_recommendations,
-)
+from hf_rece.models.recommendation import RecommenderOutput
 from hf_rece.models.recommender_config import RecommenderConfig
+from hf_rece.models.recommending import Recommending
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
 LOGIT_SHAPING = ("logit_scale", "logit_softcap")
 
 
-class RecommenderModel(PublishedRecommender):
+class RecommenderModel(Recommending):
     """Next-item recommender: a decoder whose tokens are items, trained without logits.
 
     Labels are aligned: labels[t] is the item after input_ids[t]; nothing is shifted.
@@ -122,33 +114,14 @@ class RecommenderModel(PublishedRecommender):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's item embeddings."""
-        return self.backbone.get_input_embeddings()
+        embeddings: nn.Module = self.backbone.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the backbone's item embeddings, and a compressed table tied to them."""
         self.backbone.set_input_embeddings(value)
         if isinstance(self.item_head, TableHead) and self.item_head.own_table is None:
             self.item_head.tied_table = (value,)
-
-    def resize_token_embeddings(  # type: ignore[override]
-        self, *args: Any, **kwargs: Any
-    ) -> nn.Module:
-        """Resize a dense item table as PreTrainedModel does; a compressed one cannot be.
-
-        Raises:
-            ArgumentError: for a compressed table.
-        """
-        table = self.get_input_embeddings()
-        wanted = args[0] if args else kwargs.get("new_num_tokens")
-        if isinstance(table, COMPRESSED) and wanted is not None:
-            raise ArgumentError(
-                "new_num_tokens",
-                wanted,
-                f"{type(table).__name__} keeps the number of rows that it was made with",
-                "Make a new model with room in vocab_size for items to come",
-            )
-        resized: nn.Module = super().resize_token_embeddings(*args, **kwargs)
-        return resized
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output rows' layer."""
@@ -270,95 +243,3 @@ class RecommenderModel(PublishedRecommender):
         """Return padding, which is never recommended."""
         pad = self.config.pad_token_id
         return None if pad is None else torch.tensor([pad], device=self.device)
-
-    @torch.inference_mode()
-    def recommend(
-        self,
-        histories: Sequence[Sequence[Item]],
-        k: int = 10,
-        *,
-        filter_seen: bool = True,
-        allowed_items: Sequence[Item] | None = None,
-        batch_size: int = 256,
-    ) -> list[list[Recommendation]]:
-        """Return the k best next items of each history, best first, in the user's own item ids.
-
-        Items that the model does not know are left out of a history, with one warning that names
-        them. A history without a known item gets an empty answer.
-
-        Args:
-            histories: lists of item ids in order of time.
-            k: items wanted; fewer come back where fewer remain.
-            filter_seen: do not recommend items of the history.
-            allowed_items: recommend only these.
-            batch_size: histories encoded at once.
-
-        Raises:
-            ArgumentError: if the model has no tokenizer or one with more items than rows, k or
-                batch_size < 1, or histories is one history rather than a list of them.
-            DataError: if an allowed item is unknown.
-        """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ArgumentError(
-                "tokenizer", None, "the model has none", "Set model.tokenizer = ItemTokenizer(...)"
-            )
-        check_sizes(tokenizer, self.config.vocab_size)
-        for name, value in (("k", k), ("batch_size", batch_size)):
-            if value < 1:
-                raise ArgumentError(name, value, "nothing would be answered", "Pass 1 or more")
-        known = known_histories(tokenizer, histories)
-        allowed = None
-        if allowed_items is not None:
-            allowed_ids = sorted(set(tokenizer.convert_items_to_ids(allowed_items)))
-            allowed = torch.tensor(allowed_ids, dtype=torch.long, device=self.device)
-        answers: list[list[Recommendation]] = [[] for _ in histories]
-        answerable = [i for i, history in enumerate(known) if history]
-        was_training = self.training
-        self.eval()
-        try:
-            for start in range(0, len(answerable), batch_size):
-                rows = answerable[start : start + batch_size]
-                batch = [known[i] for i in rows]
-                scores, ids = self._recommend_ids(tokenizer, batch, k, filter_seen, allowed)
-                for i, row_scores, row_ids in zip(rows, scores.tolist(), ids.tolist(), strict=True):
-                    answers[i] = named_recommendations(tokenizer, row_scores, row_ids)
-        finally:
-            self.train(was_training)
-        return answers
-
-    def _recommend_ids(
-        self,
-        tokenizer: ItemTokenizer,
-        histories: list[list[Item]],
-        k: int,
-        filter_seen: bool,
-        allowed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        length = self.config.longest_history
-        batch = tokenizer(
-            histories,
-            padding=True,
-            truncation=length is not None,
-            max_length=length,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(self.device)
-        hidden = self.backbone(**batch).last_hidden_state
-        last = batch["attention_mask"].sum(1) - 1
-        states = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        seen = None
-        if filter_seen:
-            rows = [torch.tensor(tokenizer.convert_items_to_ids(history)) for history in histories]
-            seen = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-            seen = seen.to(self.device)
-        terms = as_rows(self.item_head, states)
-        return streamed_topk(
-            terms.hidden,
-            terms.rows,
-            k,
-            bias=terms.bias,
-            excluded_ids=self._excluded(),
-            seen_ids=seen,
-            allowed_ids=allowed,
-        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -148,6 +150,10 @@ class RecommenderTrainer(RecordedRun, LargeVocabTrainer):
         # Trainer looks for labels among the model's arguments, which its wrappers may hide.
         self.label_names = ["labels"]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _check_size(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the evaluation batches.
 
@@ -257,6 +263,21 @@ def most_popular_metrics(
     return ranking_metrics(
         np.array(greater), np.array(tied), ks=ks, topk_ids=padded, n_items=n_items
     )
+
+
+def _check_size(checkpoint: str, model: Any) -> None:
+    """Raise ArgumentError if the checkpoint is of a catalogue of another size."""
+    path = Path(checkpoint) / "config.json"
+    saved = json.loads(path.read_text("utf-8")).get("vocab_size") if path.exists() else None
+    own = getattr(getattr(model, "config", None), "vocab_size", None)
+    if None not in (saved, own) and saved != own:
+        raise ArgumentError(
+            "resume_from_checkpoint",
+            Path(checkpoint).name,
+            f"it holds weights and optimizer state for {saved} rows of items, and the model has "
+            f"{own}",
+            "Load the weights with from_pretrained, add_items, and train without resuming",
+        )
 
 
 def _check_targets(argument: str, dataset: Any) -> None:

@@ -293,12 +293,6 @@ def test_what_a_checkpoint_does_not_fill_is_as_new(before, after, tmp_path):
     assert 0.01 < float(rows.std()) < 0.03
 
 
-@every_table
-def test_resizing_is_refused(table):
-    with pytest.raises(ArgumentError, match=r"new_num_tokens=70.*room in vocab_size"):
-        make(table).resize_token_embeddings(70)
-
-
 def test_a_replica_reads_a_table_of_its_own():
     model = make("lma").eval()
     replica, inputs = make("lma").eval(), batch()

@@ -1,0 +1,1 @@
+"""Serving: approximate search, files of users, exported encoders."""
