@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--rectools_python", default=sys.executable)
     parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds a training")
+    parser.add_argument("--suffix", default="", help="of the name of the results")
     parser.add_argument("--one", help="train with this loss in this process and print JSON")
     args = parser.parse_args()
     if args.one:
@@ -206,7 +207,7 @@ def main() -> None:
     record = {**environment(), "threads": args.threads, "log": Path(args.log).name,
               "users": n_users, "epochs": args.epochs, "seed": args.seed,
               "settings": SETTINGS, "trainings": rows}  # fmt: skip
-    suffix = f"_{args.max_users}" if args.max_users else ""
+    suffix = (f"_{args.max_users}" if args.max_users else "") + args.suffix
     (RESULTS / f"training{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
