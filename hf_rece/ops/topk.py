@@ -13,6 +13,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.shards import ShardedRows, VocabShards
 
 # A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
 # tile.
@@ -34,6 +35,9 @@ def streamed_topk(
     tile_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k classes with the largest scores <h, w> + b of each hidden state, best first.
+
+    Over ShardedRows every process asks for the same hidden states and gets the same answer, by two
+    messages whatever the data; bias is the process's own part.
 
     Args:
         hidden: (N, D) floating point.
@@ -59,7 +63,20 @@ def streamed_topk(
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
     best = [_best_of(search, queries, k) for queries in search.query_blocks()]
-    return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    scores, ids = torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    return (scores, ids) if search.shards is None else _best_of_all(scores, ids, search.shards)
+
+
+def _best_of_all(scores: Tensor, ids: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
+    """Return the best of all processes' scores (N, k), and their classes (N, k)."""
+    sizes, k = [len(scores)] * shards.world_size, scores.shape[1]
+    ids = torch.where(ids < 0, ids, ids + shards.first)
+    # (W N, k) -> (N, W k)
+    every, classes = (
+        torch.cat(shards.join(part, sizes).split(len(scores)), dim=1) for part in (scores, ids)
+    )
+    best, place = every.topk(k, dim=1)
+    return best, classes.gather(1, place)
 
 
 def label_rank(
@@ -75,7 +92,8 @@ def label_rank(
     """Count the classes that are scored above each label, and those tied with it.
 
     The label's rank is `greater + 1` when nothing is tied. Scores closer than the rounding error of
-    their inner products count as tied, so that equal rows tie whatever tile they fall in.
+    their inner products count as tied, so that equal rows tie whatever tile they fall in. Over
+    ShardedRows as streamed_topk.
 
     Args:
         hidden: (N, D) floating point.
@@ -98,12 +116,15 @@ def label_rank(
         O(N) plus one tile.
     """
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, None, tile_bytes)
-    _check_ids("labels", labels, search.rows.n_rows, padding=False)
-    own_rows = search.rows.rows(labels).to(search.dtype)
+    rows: OutputRows = as_output_rows(weight)
+    _check_ids("labels", labels, rows.n_rows, padding=False)
+    own_rows = rows.rows(labels).to(search.dtype)
     states = hidden.to(search.dtype)
     own = torch.linalg.vecdot(states, own_rows)
     if bias is not None:
-        own += bias[labels].to(search.dtype)
+        own += _of_labels(bias, labels, search.shards).to(search.dtype)
+    if search.shards is not None:
+        labels = search.shards.localise(labels, -1)
     # The error of an inner product is bounded by eps times the product of the norms.
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
     greater = torch.zeros_like(labels)
@@ -118,15 +139,26 @@ def label_rank(
             n_above = (tile > above).sum(1)
             greater[queries] += n_above
             tied[queries] += (tile >= below).sum(1) - n_above
+    if search.shards is not None:
+        greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
     return greater, tied
+
+
+def _of_labels(bias: Tensor, labels: Tensor, shards: VocabShards | None) -> Tensor:
+    """Return the bias (N,) of each label."""
+    if shards is None:
+        return bias[labels]
+    own = bias[shards.localise(labels, 0)]
+    return shards.sum(own.masked_fill(~shards.is_local(labels), 0))
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Everything that a scan over the classes needs, checked."""
+    """Everything that a scan over the classes needs, checked; of a shard, with its own ids."""
 
     hidden: Tensor
     rows: OutputRows
+    shards: VocabShards | None
     bias: Tensor | None
     excluded_ids: Tensor | None
     seen_ids: Tensor | None
@@ -145,7 +177,7 @@ class _Search:
         allowed_ids: Tensor | None,
         tile_bytes: int | None,
     ) -> _Search:
-        rows = as_output_rows(weight)
+        rows: OutputRows = as_output_rows(weight)
         if hidden.dim() != 2 or hidden.shape[1] != rows.width:
             raise ArgumentError(
                 "hidden",
@@ -167,7 +199,15 @@ class _Search:
             _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
         budget = resolve_tile_bytes(tile_bytes, hidden.device)
         dtype = accumulation_dtype(hidden.dtype)
-        return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
+        shards = None
+        if isinstance(rows, ShardedRows):
+            shards, rows = rows.shards, rows.local
+            seen_ids = None if seen_ids is None else shards.localise(seen_ids, -1)
+            excluded_ids, allowed_ids = (
+                None if ids is None else ids[shards.is_local(ids)] - shards.first
+                for ids in (excluded_ids, allowed_ids)
+            )
+        return cls(hidden, rows, shards, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
     def query_blocks(self) -> Iterator[slice]:
         """Yield the hidden states in blocks: few, so that a tile spans many classes."""
