@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def in_processes(function, world_size, *arguments):
 
 def _in_process(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
+    # Read by Accelerate; the group is there already, so that nobody meets at the address.
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

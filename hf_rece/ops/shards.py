@@ -75,6 +75,12 @@ class VocabShards:
         """Return class ids as rows of this process's shard, those of other processes as given."""
         return (ids - self.first).masked_fill_(~self.is_local(ids), outside)
 
+    def cut(self, values: Tensor) -> Tensor:
+        """Return this process's rows of values that have a row for each class; others as given."""
+        if values.dim() == 0 or len(values) != self.n_classes:
+            return values
+        return values[self.first : self.stop].clone()
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of values over the processes, in place. Collective."""
         if self.world_size > 1:
