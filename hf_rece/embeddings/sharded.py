@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
 from hf_rece.ops.rows import DenseRows
-from hf_rece.ops.shards import ShardedRows, VocabShards, same_draws
+from hf_rece.ops.shards import ShardedRows, VocabShards
 
 # Rows are drawn by blocks of so many, so that they do not depend on the number of processes.
 _ROWS_A_BLOCK = 4096
@@ -74,18 +74,19 @@ def draw_rows(weight: Tensor, shards: VocabShards, std: float) -> None:
     """Fill this process's rows (n_local, D) with normal draws. Collective.
 
     Together they are the same table whatever the number of processes: a block of rows is drawn at
-    a time, by a seed that the first process's generator gives.
+    a time, by a seed that the first process draws.
 
     Args:
         weight: rows `shards.first` to `shards.stop`.
         shards: how the classes are cut.
         std: standard deviation.
     """
-    with same_draws(shards, None, torch.device("cpu")):
-        seed = int(torch.randint(2**62, ()))
+    seed = [int(torch.randint(2**62, ()))]
+    if shards.world_size > 1:
+        distributed.broadcast_object_list(seed, group_src=0, group=shards.group)
     block = torch.empty(_ROWS_A_BLOCK, weight.shape[1])
     for start in range(0, shards.n_classes, _ROWS_A_BLOCK):
         first, stop = max(start, shards.first), min(start + _ROWS_A_BLOCK, shards.stop)
         if first < stop:
-            block.normal_(0.0, std, generator=torch.Generator().manual_seed(seed + start))
+            block.normal_(0.0, std, generator=torch.Generator().manual_seed(seed[0] + start))
             weight[first - shards.first : stop - shards.first] = block[first - start : stop - start]

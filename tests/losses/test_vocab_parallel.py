@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import distributed
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
@@ -149,6 +150,44 @@ def variants(rank, sizes):
             call()
         found[name] = str(caught.value)
     return found
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast")
+
+
+def messages(rank, sizes):
+    """Return the names of the messages of a step of each loss, whatever tokens and tiles."""
+    shards = shard_classes(N_CLASSES)
+    sent = []
+    for name in COLLECTIVES:
+        original = getattr(distributed, name)
+
+        def send(*args, name=name, original=original, **kwargs):
+            sent.append(name)
+            return original(*args, **kwargs)
+
+        setattr(distributed, name, send)
+    hidden, labels, weight, _ = batch()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    found = {}
+    for name, (loss_type, knobs) in LOSSES.items():
+        for tile_bytes in (2000, 10**7):
+            local = weight[shards.first : shards.stop].clone().requires_grad_()
+            states = hidden[own].clone().requires_grad_()
+            rows = ShardedRows(DenseRows(local), shards)
+            loss = build_loss(loss_type, **{**knobs, "tile_bytes": tile_bytes})
+            loss(states, rows, labels[own]).backward()
+            found.setdefault(name, []).append(sent.copy())
+            sent.clear()
+    return found
+
+
+def test_messages_depend_on_no_data():
+    uneven, alone = (in_processes(messages, 2, sizes) for sizes in ([5, 2], [0, 7]))
+    for name in LOSSES:
+        every = [sent for found in (*uneven, *alone) for sent in found[name]]
+        assert all(sent == every[0] for sent in every), name
+        assert 6 <= len(every[0]) <= 12, every[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,21 @@
 """Training a recommender whose vocabulary is cut over processes equals training a whole one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split
 from hf_rece.data.synthetic import generate_interactions
+from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from hf_rece.training.args import RecommenderTrainingArguments
+from hf_rece.training.sparsity import DynamicSparsityCallback
 from hf_rece.training.trainer import RecommenderTrainer
+from hf_rece.training.vocab_parallel import clip_cut_gradients, cut_as_asked
 from tests.processes import in_processes
 
 LOSSES = ("cross_entropy", "rece", "stratified")
@@ -175,3 +180,62 @@ def test_an_ordinary_checkpoint_resumes_on_two_processes(saved, tmp_path):
     arguments = (tmp_path / "resumed", 2, tmp_path / "checkpoint-2", shape)
     for found in in_processes(train_and_save, 2, *arguments):
         assert_same(found, answers)
+
+
+# --------------------------------------------------------------------------------------- the parts
+
+
+def test_clipping_does_what_torch_does():
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(3, 4)
+    wanted = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for copy, parameter in zip(wanted, parameters, strict=True):
+        copy.grad = parameter.grad.clone()
+    norm = clip_cut_gradients(parameters[:1], parameters[1:], None, 0.7)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(wanted, 0.7))
+    for copy, parameter in zip(wanted, parameters, strict=True):
+        torch.testing.assert_close(parameter.grad, copy.grad)
+
+
+def refused(rank, folder):
+    data, found = make_data(), {}
+    for name, value in (("fsdp", "full_shard"), ("fp16", True)):
+        model = make_trainer(data, folder, 2, max_steps=1).model
+        arguments = SimpleNamespace(**{"vocab_parallel": True, name: value})
+        with pytest.raises(ArgumentError) as caught:
+            cut_as_asked(model, arguments)
+        found[name] = str(caught.value)
+    with pytest.raises(ArgumentError) as caught:
+        cut_as_asked(torch.nn.Linear(2, 2), SimpleNamespace(vocab_parallel=True))
+    found["Linear"] = str(caught.value)
+    trainer = make_trainer(data, folder, 2, max_steps=1)
+    trainer.train()
+    table = trainer.model.get_input_embeddings().weight
+    found["rows"] = trainer.optimizer.state[table]["exp_avg"].shape[0]
+    found["wrapper"] = type(trainer.model_wrapped).__name__
+    found["backbone"] = float(trainer.model.backbone.norm.weight.double().sum())
+    callback = DynamicSparsityCallback(0.5)
+    with pytest.raises(ArgumentError) as caught:
+        callback.on_init_end(trainer.args, None, None, model=trainer.model)
+    found["sparsity"] = str(caught.value)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    return in_processes(refused, 2, tmp_path_factory.mktemp("refused"))
+
+
+def test_ddp_trains_the_rest_and_the_optimizer_has_own_rows(of_two):
+    first, second = of_two
+    assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
+    assert first["backbone"] == second["backbone"]
+    assert first["rows"] + second["rows"] == len(make_data()[0])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fp16", "Linear", "sparsity"])
+def test_what_does_not_go_together_is_refused(of_two, name):
+    for found in of_two:
+        assert ("cut" in found[name]) or ("whole weights" in found[name])
+        assert name in found[name] or name == "sparsity"
