@@ -120,7 +120,7 @@ def sharded_stream(
         label_logits: (N,), the same in every process.
         merged: (N,) likewise.
     """
-    kernel = choose_kernel(backend, hidden, rows)
+    kernel = choose_kernel(backend, hidden, rows.local)
     how = _How(kernel, local_plan(plan, rows.shards), rows, logit_scale, logit_softcap)
     label_logits, merged = _ShardedStream.apply(how, labels, hidden, bias, *rows.tensors())
     return label_logits, merged
