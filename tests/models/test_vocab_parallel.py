@@ -54,6 +54,18 @@ def batch():
     return ids, ids.roll(-1, 1)
 
 
+def lopsided():
+    """A batch whose second half has no label."""
+    ids, labels = batch()
+    return ids, labels.index_fill(0, torch.tensor([2, 3]), -100)
+
+
+def ranks(model, ids, labels):
+    with torch.no_grad():
+        output = model.eval()(input_ids=ids, labels=labels, seen_ids=ids, rank_k=4)
+    return output.greater, output.tied, output.topk_ids, output.losses
+
+
 def told(call):
     with pytest.raises((ArgumentError, DataError)) as caught:
         call()
@@ -68,6 +80,12 @@ def of_processes(rank, world_size, folder):
         model.cut_vocabulary()  # again changes nothing
         own = slice(2 * rank, 2 * rank + 2)
         found[backbone] = answers(model), step(model, *(part[own] for part in batch()))
+    ids, labels = lopsided()
+    model = whole_model("sasrec")
+    model.cut_vocabulary()
+    found["lopsided"] = *step(model, ids[own], labels[own]), ranks(model, ids[own], labels[own])
+    model = whole_model("llama", output_bias=True)
+    model.cut_vocabulary()
     torch.manual_seed(rank)
     spy = LargestTensors(N_ITEMS, 16)
     with spy:
@@ -140,6 +158,22 @@ def test_a_step_is_that_of_a_whole_model(of_two, backbone):
         # Rows are averaged already; of the others each process has its own tokens' part.
         got = 2 * torch.cat(parts) if is_cut else sum(parts)
         torch.testing.assert_close(got, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_without_a_label_takes_part(of_two):
+    loss, gradients = step(whole_model("sasrec"), *lopsided())
+    wanted = ranks(whole_model("sasrec"), *lopsided())
+    losses, found, found_ranks = zip(*(found["lopsided"] for found in of_two), strict=True)
+    assert losses[1] == 0
+    torch.testing.assert_close(losses[0], loss)
+    for name, gradient in gradients.items():
+        parts = [each[name] for each in found]
+        is_cut = parts[0].shape != gradient.shape
+        got = 2 * torch.cat(parts) if is_cut else sum(parts)
+        torch.testing.assert_close(got, gradient, rtol=1e-5, atol=1e-6)
+    assert [len(part) for part in found_ranks[1]] == [0] * 4
+    for got, want in zip(found_ranks[0], wanted, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_no_process_ever_makes_the_whole_table(of_two):

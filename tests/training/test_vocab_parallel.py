@@ -74,7 +74,7 @@ def of_one(tmp_path_factory):
     return run(0, tmp_path_factory.mktemp("one"), 1)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def of_processes(request, tmp_path_factory):
     return in_processes(run, request.param, tmp_path_factory.mktemp("some"), request.param)
 
