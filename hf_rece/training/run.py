@@ -157,7 +157,7 @@ def train_recommender(
         tie_word_embeddings=model_arguments.tie_word_embeddings,
         item_embedding=cast("dict[str, Any] | None", model_arguments.item_embedding),
     )
-    model = RecommenderModel(config)
+    model = RecommenderModel(config, vocab_parallel=training.vocab_parallel)
     model.learn_item_tables(splits["train"])
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:

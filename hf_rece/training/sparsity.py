@@ -117,13 +117,14 @@ class DynamicSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse, before any work, what cannot be trained sparse."""
-        if args.fsdp or args.deepspeed:
-            raise ArgumentError(
-                "fsdp" if args.fsdp else "deepspeed",
-                args.fsdp or args.deepspeed,
-                "masks need whole weights in each process",
-                "Train with DDP, or leave DynamicSparsityCallback out",
-            )
+        for name in ("fsdp", "deepspeed", "vocab_parallel"):
+            if getattr(args, name, None):
+                raise ArgumentError(
+                    name,
+                    getattr(args, name),
+                    "masks need whole weights in each process",
+                    "Train with DDP, or leave DynamicSparsityCallback out",
+                )
         if has_sparse_gradients(kwargs["model"]):
             raise ArgumentError(
                 "sparse_grad",
