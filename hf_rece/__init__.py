@@ -37,6 +37,7 @@ from hf_rece.losses import (
 )
 from hf_rece.losses.planning import plan_losses
 from hf_rece.models.auto import register_auto_classes
+from hf_rece.models.recommendation import recommendations_frame
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
@@ -102,6 +103,7 @@ __all__ = [
     "load_interactions",
     "plan_losses",
     "rece_loss",
+    "recommendations_frame",
     "replace_output_head",
     "restore_output_head",
     "sampled_softmax_loss",
