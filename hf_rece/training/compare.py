@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,11 +61,11 @@ def compare_runs(
     """
     runs = _named([load_run(source) for source in _expanded(sources)])
     metric, part = _metric_and_part(runs, metric)
-    lower_is_better = is_lower_better(metric)
+    sign = 1 if is_lower_better(metric) else -1
 
     def place(run: Run) -> tuple[bool, float]:
-        value = run.metrics[part].get(metric)
-        return value is None, (value or 0) * (1 if lower_is_better else -1)
+        value = run.metrics[part].get(metric, math.nan)
+        return math.isnan(value), 0 if math.isnan(value) else sign * value
 
     runs = sorted(runs, key=place)
     best: dict[str | None, float] = {}
@@ -85,7 +86,7 @@ def compare_runs(
         metric=metric,
         part=part,
         table=pl.DataFrame(rows, infer_schema_length=None, strict=False),
-        common={n: settings[0][n] for n in names if n not in differing and settings[0][n]},
+        common={n: v for n, v in settings[0].items() if n not in differing and v is not None},
         warnings=_warnings(runs, metric, part),
     )
 

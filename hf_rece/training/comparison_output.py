@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,9 +148,9 @@ def plot_comparison(comparison: Comparison) -> Any:
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     cost.set(xlabel="peak memory, MiB", ylabel=f"{metric} of {part}", title="The final models")
     cost.margins(0.15)
-    found = comparison.table[metric].drop_nulls().to_list()
+    found = [value for value in comparison.table[metric] if value and math.isfinite(value)]
     for axes in (curves, cost):
-        if min(found) > 0 and max(found) > 20 * min(found):
+        if found and min(found) > 0 and max(found) > 20 * min(found):
             axes.set_yscale("log")
         if axes.dataLim.width < 0:  # nothing was drawn
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center")

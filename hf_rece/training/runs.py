@@ -36,7 +36,8 @@ class Run:
         metrics: of the final model, by part of the data ("validation", "test") and name.
         curve: what was logged in training: steps, and metrics of validation by name.
         seconds: that training took; None if not recorded.
-        peak_mib: largest memory; None if not recorded.
+        peak_mib: largest memory, on a CPU of the process, whatever else it did; None if not
+            recorded.
     """
 
     name: str

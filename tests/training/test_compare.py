@@ -163,6 +163,15 @@ def test_a_run_without_the_metric_comes_last(runs):
     assert "words has no hr@5 of test" in comparison.warnings
 
 
+def test_a_run_that_diverged_is_not_the_best(runs, changed, tmp_path):
+    log = [{**log_of(runs / "words")[-1], "eval_perplexity": float("nan")}]
+    broken = changed("words", "broken", TRAINING_RUN, log_history=log)
+    comparison = compare_runs([broken, runs / "words"])
+    assert comparison.table["run"].to_list() == ["words", "broken"]
+    assert comparison.table["of_best"][0] == 1
+    write_comparison(comparison, tmp_path / "comparison.png")
+
+
 def test_names_are_as_short_as_tells_runs_apart(runs, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(runs / "rece", tmp_path / name / "model")
