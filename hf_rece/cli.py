@@ -218,7 +218,8 @@ def plan(words: Sequence[str] | None = None) -> None:
 
 def compare(words: Sequence[str] | None = None) -> None:
     """Print finished runs side by side; plot them, or write them as data."""
-    arguments, more = parse((CompareArguments,), words, "compare", positional="runs")
+    runs = ("runs", "Folders that a training wrote, globs of them, or Hub ids.")
+    arguments, more = parse((CompareArguments,), words, "compare", positional=runs)
     comparison = compare_runs(more.runs, arguments.metric)
     show_comparison(comparison)
     if arguments.output is not None:
@@ -253,7 +254,7 @@ def parse(
     types: tuple[type, ...],
     words: Sequence[str] | None,
     command: str,
-    positional: str | None = None,
+    positional: tuple[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
@@ -261,7 +262,8 @@ def parse(
         types: dataclasses.
         words: command line without the program's name; sys.argv's if None.
         command: shown in the help.
-        positional: name of words without a flag, one or more; a Namespace at the end holds them.
+        positional: name and help of words without a flag, one or more; a Namespace at the end of
+            what is returned holds them.
 
     Raises:
         ArgumentError: for two YAML files, or a key that no dataclass has.
@@ -270,7 +272,8 @@ def parse(
     words = list(sys.argv[1:] if words is None else words)
     parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
     if positional is not None:
-        parser.add_argument(positional, nargs="+")
+        name, explanation = positional
+        parser.add_argument(name, nargs="+", help=explanation)
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ArgumentError("config", files, "more than one file", "Pass one of them")
