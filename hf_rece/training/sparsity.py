@@ -219,11 +219,17 @@ class DynamicSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write density and the share of weights that were ever active into the history."""
-        if "loss" in kwargs.get("logs", {}) and self.masks:
-            n_weights = sum(weight.numel() for weight in self.weights.values())
-            for name, masks in (("density", self.masks), ("ever_active", self.ever_active)):
-                n_set = sum(int(mask.sum()) for mask in masks.values())
-                state.log_history[-1][name] = n_set / n_weights
+        if "loss" in kwargs.get("logs", {}):
+            state.log_history[-1].update(self.shares())
+
+    def shares(self) -> dict[str, float]:
+        """Return the density, and the share of weights that were ever active; none if not yet."""
+        n_weights = sum(weight.numel() for weight in self.weights.values())
+        kinds = {"density": self.masks, "ever_active": self.ever_active} if self.masks else {}
+        return {
+            name: sum(int(mask.sum()) for mask in masks.values()) / n_weights
+            for name, masks in kinds.items()
+        }
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
