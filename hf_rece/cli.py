@@ -52,6 +52,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
   plan       print what every loss would cost at a shape: memory, operations, candidates
+  demo       serve a page that recommends, and plans losses (needs hf_rece[demo])
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -209,6 +210,18 @@ def plan(words: Sequence[str] | None = None) -> None:
         Console().print(_table_of_plans(plans, arguments))
 
 
+def demo(words: Sequence[str] | None = None) -> None:
+    """Serve a page to look at: a model's recommendations, and the plan of the losses."""
+    try:
+        from hf_rece.serving import demo as room
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "demo", error.name, "not installed", 'Install it: pip install "hf_rece[demo]"'
+        ) from None
+    (arguments,) = parse((room.DemoArguments,), words, "demo")
+    room.serve_demo(arguments)
+
+
 def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Table:
     shape = f"N={arguments.tokens:,}, C={arguments.classes:,}, D={arguments.width}"
     table = Table(
@@ -291,6 +304,7 @@ COMMANDS = {
     "pretrain": pretrain,
     "finetune": finetune,
     "plan": plan,
+    "demo": demo,
 }
 
 
