@@ -13,6 +13,7 @@ from hf_rece.data.item_tokenizer import Item
 from hf_rece.errors import DataError
 
 TITLE = "title"
+_COLUMNS = {"name": pl.String, "folded": pl.String}
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Catalogue:
 
     Args:
         items: item ids, in the order in which they are offered.
-        table: columns name, "title (id)" or the id alone, and lower, the same in lower case.
+        table: columns name, "title (id)" or the id alone, and folded, the same without case.
     """
 
     items: Sequence[Item]
@@ -30,13 +31,10 @@ class Catalogue:
     @classmethod
     def of(cls, items: Sequence[Item], titles: Mapping[Item, str] | None = None) -> Catalogue:
         """Return the catalogue of `items`; those without a title go by their id."""
-        known = titles or {}
-        ids = pl.Series(items, strict=True).cast(pl.String)
-        columns = {"id": ids, "title": pl.Series([known.get(i) for i in items], dtype=pl.String)}
-        table = pl.DataFrame(columns).select(
-            name=pl.coalesce(pl.format("{} ({})", "title", "id"), "id")
-        )
-        return cls(items, table.with_columns(lower=pl.col("name").str.to_lowercase()))
+        titles = titles or {}
+        names = [f"{titles[item]} ({item})" if item in titles else str(item) for item in items]
+        folded = [name.casefold() for name in names]
+        return cls(items, pl.DataFrame({"name": names, "folded": folded}, schema=_COLUMNS))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -55,11 +53,11 @@ class Catalogue:
             text: words, or parts of words.
             limit: places that are returned at most.
         """
-        text = text.lower().strip()
-        holds = [pl.col("lower").str.contains(word, literal=True) for word in text.split()]
-        begins = pl.col("lower").str.starts_with(text)
+        text = text.casefold().strip()
+        holds = [pl.col("folded").str.contains(word, literal=True) for word in text.split()]
+        begins = pl.col("folded").str.starts_with(text)
         found = (
-            self.table.select("lower")
+            self.table.select("folded")
             .with_row_index("place")
             .filter(pl.all_horizontal(pl.lit(True), *holds))
             .sort(begins, descending=True, maintain_order=True)

@@ -17,7 +17,7 @@ from hf_rece.data.item_tokenizer import Item
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.serving.catalogue import Catalogue, read_titles
-from hf_rece.serving.page import panel
+from hf_rece.serving.page import fill, panel
 from hf_rece.serving.planner_page import planner
 from hf_rece.serving.recommender_page import recommender
 
@@ -103,7 +103,7 @@ def build_demo(
     """
     demo = gradio.Blocks(title="hf_rece", analytics_enabled=False)
     with demo:
-        panel("<h1>hf_rece</h1>", container=False)
+        panel(fill("header.html"), container=False)
         if model is None:
             planner()
             return demo

@@ -43,8 +43,9 @@ def recommender(model: RecommenderModel, catalogue: Catalogue) -> None:
         return add_first_match(catalogue, places, text)
 
     on: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    # Every click counts, and of what is typed the last.
-    each, last = {**on, "trigger_mode": "multiple"}, {**on, "trigger_mode": "always_last"}
+    # Every click counts, one after the other; of what is typed only the last.
+    each = {**on, "trigger_mode": "multiple", "concurrency_id": "history"}
+    last = {**on, "trigger_mode": "always_last"}
     matches.pick(pick, history, history, **each)
     answers.pick(pick, history, history, **each)
     chosen.pick(drop, history, history, **each)
@@ -54,22 +55,23 @@ def recommender(model: RecommenderModel, catalogue: Catalogue) -> None:
     history.change(partial(show_history, catalogue), history, chosen, **last)
     recommend = partial(show_recommendations, model, catalogue)
     asked: list[Any] = [history, k, filter_seen]
-    gradio.on([each.change for each in asked], recommend, asked, answers, **last)
+    gradio.on([control.change for control in asked], recommend, asked, answers, **last)
 
 
-def add_item(catalogue: Catalogue, places: Sequence[int], place: str) -> list[int]:
+def add_item(catalogue: Catalogue, places: Sequence[int], place: object) -> list[int]:
     """Return a history with one item more; `place` is what a browser says, and may be anything."""
-    known = place.isdecimal() and int(place) < len(catalogue)
-    return [*places, int(place)] if known else [*places]
+    number = str(place)
+    known = number.isdecimal() and int(number) < len(catalogue)
+    return [*places, int(number)] if known else [*places]
 
 
-def remove_item(places: Sequence[int], index: str, place: str) -> list[int]:
-    """Return a history without the item at `index`, if that is still the one at `place`.
+def remove_item(places: Sequence[int], index: object, place: object) -> list[int]:
+    """Return a history without the item at `index`, if it is still the one at `place`.
 
     A second click may come before the browser knows of the first.
     """
-    gone = int(index) if index.isdecimal() else len(places)
-    return [p for i, p in enumerate(places) if (i, str(p)) != (gone, place)]
+    gone = (str(index), str(place))
+    return [p for i, p in enumerate(places) if (str(i), str(p)) != gone]
 
 
 def add_first_match(
