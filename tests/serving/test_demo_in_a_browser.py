@@ -6,15 +6,16 @@ import shutil
 import pytest
 
 pytest.importorskip("gradio")
-api = pytest.importorskip("playwright.sync_api")
-expect = api.expect
+pytest.importorskip("playwright")
+
+from playwright.sync_api import expect, sync_playwright
 
 from hf_rece import plan_losses
 from hf_rece.losses.planning import human_bytes
 from hf_rece.serving.demo import build_demo
 from tests.serving.shop import HOSTILE, shop
 
-SECONDS = 60_000  # milliseconds: CI may be slow
+PATIENCE = 60_000  # milliseconds: the machine may be busy
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SANDBOX = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 
@@ -42,8 +43,8 @@ def url(chromium, model):
 
 @pytest.fixture(scope="module")
 def browser(chromium, url):
-    expect.set_options(timeout=SECONDS)
-    with api.sync_playwright() as playwright:
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=[*SANDBOX, *QUIET])
         yield browser
         browser.close()
@@ -53,7 +54,7 @@ def browser(chromium, url):
 def page(browser, url):
     """A visitor, who meets no error."""
     page = browser.new_page()
-    page.set_default_timeout(SECONDS)
+    page.set_default_timeout(PATIENCE)
     errors = []
     page.on("pageerror", lambda error: errors.append(error))
     page.on("dialog", lambda dialog: errors.append(dialog.message))
@@ -136,14 +137,15 @@ def test_visitors_have_histories_of_their_own(page, browser, url):
     expect(history(page)).to_have_count(1)
     other = browser.new_page()
     other.goto(url)
-    expect(other.get_by_text("Add an item to the history.")).to_be_visible(timeout=SECONDS)
+    expect(other.get_by_text("Add an item to the history.")).to_be_visible(timeout=PATIENCE)
     other.close()
 
 
 def test_sliders_and_boxes_plan_the_losses(page):
     page.get_by_role("tab", name="Memory planner").click()
     classes = page.get_by_role("spinbutton", name="Classes")
-    memory = page.get_by_role("table", name="Loss and backward").locator("td:first-of-type .number:first-child")  # fmt: skip
+    plan = page.get_by_role("table", name="Loss and backward")
+    memory = plan.locator("td:first-of-type .number:first-child")
 
     def planned(n_classes, **limits):
         return [human_bytes(plan.bytes) for plan in plan_losses(4096, n_classes, 64, **limits)]
@@ -181,7 +183,7 @@ def test_only_this_machine_is_asked_and_its_files_stay(page, url):
 def test_a_narrow_screen_needs_no_sideways_scrolling(browser, url, scheme):
     page = browser.new_page(viewport={"width": 360, "height": 800}, color_scheme=scheme)
     page.goto(url)
-    page.get_by_role("button", name=re.compile("tool 0|Hammer|img")).first.click(timeout=SECONDS)
+    page.get_by_role("button", name=re.compile("tool 0|Hammer|img")).first.click(timeout=PATIENCE)
     expect(page.get_by_text("Score: the item's logit.")).to_be_visible()
     for tab in ("Recommend", "Memory planner"):
         page.get_by_role("tab", name=tab).click()

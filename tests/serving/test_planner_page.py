@@ -16,10 +16,9 @@ from hf_rece.serving.planner_page import human_seconds, matmul_flops_per_second,
 SPEEDS = {"cpu": 1e9}
 
 
-def shown(
-    classes=100_000, tokens=4096, width=64, dtype="float32", device="cpu", has_budget=False, budget=64
-):  # fmt: skip
-    return show_plan(SPEEDS, classes, tokens, width, dtype, device, has_budget, budget)
+def shown(**changed):
+    shape = {"classes": 100_000, "tokens": 4096, "width": 64, "dtype": "float32", "device": "cpu"}
+    return show_plan(SPEEDS, **{**shape, "has_budget": False, "budget": 64, **changed})
 
 
 def values(page):
@@ -77,7 +76,7 @@ def test_what_is_no_number_of_things_shows_a_message(name, value):
 
 @given(classes=st.integers(1, 10**12), tokens=st.integers(1, 10**12), width=st.integers(1, 10**12))
 def test_every_dot_is_on_its_axis(classes, tokens, width):
-    page = shown(classes, tokens, width)
+    page = shown(classes=classes, tokens=tokens, width=width)
     places = [float(place) for place in re.findall(r'[bi] style="left: (.*?)%"', page)]
     assert len(places) >= 2 * 8 * 3
     assert min(places) == 0
