@@ -59,6 +59,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
   compare    tabulate and plot finished runs: hf-rece compare RUN ... [--output comparison.png]
   plan       print what every loss would cost at a shape: memory, operations, candidates
+  demo       serve a page that recommends, and plans losses (needs hf_rece[demo])
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -227,6 +228,18 @@ def compare(words: Sequence[str] | None = None) -> None:
         Console().print(f"Written to {arguments.output}", markup=False)
 
 
+def demo(words: Sequence[str] | None = None) -> None:
+    """Serve a page to look at: a model's recommendations, and the plan of the losses."""
+    try:
+        from hf_rece.serving import demo as room
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "demo", error.name, "not installed", 'Install it: pip install "hf_rece[demo]"'
+        ) from None
+    (arguments,) = parse((room.DemoArguments,), words, "demo")
+    room.serve_demo(arguments)
+
+
 def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Table:
     shape = f"N={arguments.tokens:,}, C={arguments.classes:,}, D={arguments.width}"
     table = Table(
@@ -320,6 +333,7 @@ COMMANDS = {
     "finetune": finetune,
     "compare": compare,
     "plan": plan,
+    "demo": demo,
 }
 
 
