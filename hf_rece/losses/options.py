@@ -208,7 +208,8 @@ class Problem:
         if self.options.reduction == "sum":
             return total
         if self.options.num_items_in_batch is not None:
-            return total / self.options.num_items_in_batch
+            # A step without any label has the loss 0.
+            return total / torch.as_tensor(self.options.num_items_in_batch).clamp(min=1)
         return total / (max(len(losses), 1) if counted is None else counted.clamp(min=1))
 
 
@@ -285,6 +286,10 @@ def _excluded_ids(
             excluded.tolist()[:5],
             f"there are {n_classes} classes",
             f"Pass class ids from 0 to {n_classes - 1}",
+        )
+    if len(excluded) == n_classes:
+        raise ArgumentError(
+            "excluded_ids", n_classes, "every class is excluded", "Leave classes to score"
         )
     return excluded
 
