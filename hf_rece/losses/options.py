@@ -38,7 +38,8 @@ class CommonOptions(TypedDict, total=False):
     logit_softcap: c, caps a logit at c tanh(logit / c), after the scale.
     tile_bytes: bytes of one tile of logits; None for the device's default, or for what the loss's
         memory_budget leaves. Larger tiles are fewer.
-    backend: "auto", "torch" or "triton"; "auto" takes Triton's kernels on a GPU that they serve.
+    backend: "auto", "torch", "native" or "triton"; "auto" takes Triton's kernels on a GPU and C++
+        kernels on a CPU, where they serve.
     generator: torch.Generator of the random draws, on the device of the hidden states.
     statistics: TokenStatistics to fill with the entropy and correctness of each token, or None.
     sparse_grad: give weight and bias row-sparse gradients (sparse COO tensors of the rows touched)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, get_args
 
 from torch import Tensor
@@ -287,8 +287,9 @@ def choose_sampled(config: Sampled, shape: Shape, tile_bytes: int | None = None)
         n_tokens, n_negatives = shape.n_tokens, config.n_negatives
         n_draws = max(1, shape.n_sequences) if config.shared_by == "sequence" else 1
         drawn = n_draws * n_negatives
+        is_binary = not isinstance(config, SampledSoftmaxConfig)
         return estimate(
-            shape,
+            replace(shape, is_native=shape.is_native and not is_binary),
             [Pairs(n_draws, -(-n_tokens // n_draws), n_negatives, has_drops=True)],
             tile,
             plan=4 * n_tokens + 8 * n_tokens + 8 * drawn,  # and labels; ids, log-weights

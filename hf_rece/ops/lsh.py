@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_rece.ops import native
 from hf_rece.ops.products import product
-from hf_rece.ops.rows import OutputRows, accumulation_dtype
+from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
 
 _LANE = 32
 
@@ -70,9 +71,11 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
         tile_bytes: bytes of one tile of inner products.
     """
     n_buckets = len(directions)
+    dtype = torch.int16 if n_buckets < 2**15 else torch.int32
+    if type(vectors) is DenseRows and native.serves(vectors.weight, directions):
+        return native.nearest(vectors.weight, directions).to(dtype)
     # Half a tile: the maximum is taken while the scores are still near the processor.
     step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
-    dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     # Whole lanes of vector instructions: repeated directions change no maximum.
     padded = directions[

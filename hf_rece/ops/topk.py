@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import native
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
-from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
 
 # A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
 # tile.
@@ -20,6 +21,7 @@ _SPARSE_SHARE = 1 / 16
 _QUERIES = 256
 # A first threshold from a sample spares the hits that later classes push out again.
 _SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
+_HIT_BYTES = 12
 
 
 def streamed_topk(
@@ -198,9 +200,7 @@ class _Search:
         None where a sample would not pay.
         """
         n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
-        stride = max(_SAMPLED_ONE_IN, n_classes // _SAMPLE)
-        # Four standard deviations above the mean of a Poisson count.
-        rank = math.ceil(k / stride + 4 * math.sqrt(k / stride) + 4)
+        stride, rank = _sampling(n_classes, k)
         if rank * _WORTH_SAMPLING > n_classes // stride:
             return None
         sample = torch.arange(0, n_classes, stride, device=self.hidden.device)
@@ -208,6 +208,35 @@ class _Search:
             sample = self.allowed_ids[sample]
         tiles = [tile for _, tile in replace(self, allowed_ids=sample).tiles(queries)]
         return torch.cat(tiles, dim=1).topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+    def native_hits(
+        self, queries: slice, k: int, threshold: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return scores (n, m) and ids (n, m) of what is above the threshold, by C++ kernels.
+
+        None where these do not serve, or found more than likely_threshold lets expect.
+        """
+        if (
+            self.allowed_ids is not None
+            or type(self.rows) is not DenseRows
+            or not native.serves(self.hidden, self.rows.weight)
+            or not serves_search(queries.stop - queries.start, self.rows.n_rows, k, self.tile_bytes)
+        ):
+            return None
+        capacity = hit_capacity(self.rows.n_rows, k)
+        bias = None if self.bias is None else self.bias.to(self.dtype).contiguous()
+        hits = native.search(self.hidden[queries], self.rows.weight, bias, threshold, capacity)
+        if hits is None:
+            return None
+        scores, ids = hits
+        if self.excluded_ids is not None:
+            scores.masked_fill_(torch.isin(ids, self.excluded_ids), -torch.inf)
+        if self.seen_ids is not None:
+            seen = self.seen_ids[queries].contiguous()
+            place = torch.searchsorted(ids, seen).clamp_(max=capacity - 1)
+            row, column = (ids.gather(1, place) == seen).nonzero().unbind(1)
+            scores[row, place[row, column]] = -torch.inf
+        return hits
 
     def _columns(self, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.hidden.device
@@ -239,14 +268,40 @@ class _Search:
 def _best_of(search: _Search, queries: slice, k: int) -> tuple[Tensor, Tensor]:
     """Return scores (n, k) and ids (n, k) of a block of queries, best first."""
     for threshold in (search.likely_threshold(queries, k), None):
-        best = _BestOf.make(k, search, queries, threshold)
-        for classes, tile in search.tiles(queries):
-            best.add(classes, tile)
-        scores, ids = best.sorted()
+        hits = None if threshold is None else search.native_hits(queries, k, threshold)
+        if hits is None:
+            best = _BestOf.make(k, search, queries, threshold)
+            for classes, tile in search.tiles(queries):
+                best.add(classes, tile)
+            scores, ids = best.sorted()
+        else:
+            scores, place = hits[0].topk(k, dim=1)
+            ids = hits[1].gather(1, place).masked_fill_(scores == -torch.inf, -1)
         # With k scores above its threshold, a query has missed nothing.
         if threshold is None or bool((scores[:, -1] > -torch.inf).all()):
             break
     return scores, ids
+
+
+def _sampling(n_classes: int, k: int) -> tuple[int, int]:
+    """Return one in how many classes to sample, and the rank of the sample's threshold."""
+    stride = max(_SAMPLED_ONE_IN, n_classes // _SAMPLE)
+    # Four standard deviations above the mean of a Poisson count.
+    return stride, math.ceil(k / stride + 4 * math.sqrt(k / stride) + 4)
+
+
+def hit_capacity(n_classes: int, k: int) -> int:
+    """Return for how many hits of a query native.search has room."""
+    stride, rank = _sampling(n_classes, k)
+    # Six standard deviations above the mean of what a sample of that rank leaves above itself.
+    return stride * (rank + math.ceil(6 * math.sqrt(rank)) + 6)
+
+
+def serves_search(n_queries: int, n_classes: int, k: int, tile_bytes: int) -> bool:
+    """Whether the hits of native.search take about a tile, not more."""
+    stride, rank = _sampling(n_classes, k)
+    pays = rank * _WORTH_SAMPLING <= n_classes // stride
+    return pays and n_queries * hit_capacity(n_classes, k) * _HIT_BYTES <= 2 * tile_bytes
 
 
 @dataclass
