@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_rece.losses.options import SPARSE_GRAD_LOSSES
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -69,6 +69,8 @@ magnitudes = st.sampled_from([1.0, 1.0, 0.1, 1e-4, 0.0, 8.0, 60.0, 3000.0])
 def common_options(draw, name, n_tokens):
     """Shared options other than tensors, excluded ids and ignore_index."""
     options = {"tile_bytes": draw(st.sampled_from([None, 1, 700, 20_000, 2**26]))}
+    if draw(st.booleans()):
+        options["backend"] = "torch"
     if draw(st.booleans()):
         options["logit_scale"] = draw(st.sampled_from([1.0, 0.25, 3.0, -1.0, 0.0, 1e-3]))
     if draw(st.booleans()):
