@@ -134,7 +134,14 @@ def _read(source: Any, split: str, columns: list[str]) -> tuple[pl.DataFrame, st
     if hasattr(source, "to_polars"):  # datasets.Dataset
         return source.to_polars(), "the dataset"
     if type(source).__module__.startswith("pandas"):
-        return pl.from_pandas(source), "the DataFrame"
+        try:
+            return pl.from_pandas(source), "the DataFrame"
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+            raise DataError(
+                "the DataFrame",
+                f"a column holds values of several types: {error}",
+                "Convert each column to one type",
+            ) from error
     raise DataError(
         f"source of type {type(source).__name__}",
         "cannot be read as a log",
@@ -234,7 +241,8 @@ def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
         return values
     if values.dtype in (pl.Categorical, pl.Enum):
         return values.cast(pl.String)
-    if values.dtype.is_float() and (values == values.round()).all():
+    # Beyond 2**53, floats are whole but not all integers: neighbouring ids would be one.
+    if values.dtype.is_float() and ((values == values.round()) & (values.abs() < 2**53)).all():
         return values.cast(pl.Int64)
     raise DataError(
         f"{name}, column {column!r}",
