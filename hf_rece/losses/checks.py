@@ -13,6 +13,20 @@ def check_at_least(name: str, value: int, least: int) -> None:
         )
 
 
+def check_below(name: str, value: int, end: int) -> None:
+    """Raise ArgumentError unless `value` is an integer from 0 to `end` - 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
+        raise ArgumentError(
+            name, value, f"not an integer from 0 to {end - 1}", "Pass one in that range"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(name, value, "neither True nor False", "Pass one of them")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ArgumentError unless `value` is one of `choices`."""
     if value not in choices:

@@ -25,7 +25,7 @@ ids = st.sampled_from(["integers", "words"]).flatmap(
     )
 )
 clocks = st.sampled_from(["integers", "floats", "dates", "nanoseconds"])
-START = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)  # noqa: UP017: Python 3.10
+START = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)  # noqa: UP017
 
 
 @st.composite
@@ -79,7 +79,7 @@ def ids_of_text(values):
 def microseconds(time):
     if not isinstance(time, datetime):
         return time
-    return (time - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)  # noqa: UP017
+    return (time - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1)
 
 
 def meaning(log, is_text):
