@@ -187,7 +187,8 @@ def _read_file(path: Path, suffix: str, columns: list[str]) -> pl.DataFrame:
             return _read_csv(path, _SEPARATORS[suffix], columns)
     except pl.exceptions.NoDataError as error:
         raise DataError(path.name, "the file is empty", "Pass a file with a header") from error
-    except pl.exceptions.PolarsError as error:
+    # Polars panics over some damaged Parquet files.
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(
             path.name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
         ) from error

@@ -1,9 +1,10 @@
 // The streaming kernel and the hash of RECE for float32 rows of a CPU: see stream_native.py.
 //
 // A task is a block of one group's tokens and classes. Its logits are kept transposed, (classes,
-// tokens), so that everything that belongs to a token is a vector lane. Threads take tasks in turn,
-// one each; then all results of the turn are added, each thread to the tokens and classes that it
-// owns. So no two threads write one place, and sums do not depend on the number of threads.
+// tokens), so that everything that belongs to a token is a vector lane. Results are added in the
+// order of the tasks, each thread to the tokens and classes that it owns: no two write one place,
+// and sums do not depend on the number of threads. Gradients, which take room, are added whenever
+// each thread has done one task.
 
 #include <omp.h>
 #if defined(__AVX2__)
@@ -275,10 +276,14 @@ struct Block {
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Vec z = (load(line + i) + bias) * p.scale;
       if (p.softcap > 0) {
-        // tanh(x) = 1 - 2 / (exp(2x) + 1); beyond 20 it is 1.
+        // tanh(x) = 1 - 2 / (exp(2x) + 1), which cancels near zero; beyond 20 it is 1.
         Vec x = z / p.softcap;
         x = x > 20.0f ? all(20.0f) : x;
-        const Vec tanh = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+        const Vec far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+        const Vec s = x * x;
+        const Vec series = -17.0f / 315 + s * (62.0f / 2835);
+        const Vec near = x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * series)));
+        const Vec tanh = s < 0.04f ? near : far;
         store(&slope[j * kTokens + i], 1.0f - tanh * tanh);
         z = tanh * p.softcap;
       }
@@ -350,25 +355,53 @@ inline void add_row(float* to, const float* from, float factor, int64_t width) {
   for (int64_t d = 0; d < width; ++d) to[d] += factor * from[d];
 }
 
-// Runs work(block, task) for all tasks, and after each turn merge(block, task, owner).
+// Which tokens and classes a thread may write.
+struct Owner {
+  uint64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+
+  bool owns(int64_t id) const {
+    // Neighbours go to different owners; a division would take longer than the addition.
+    return ((uint64_t)((uint32_t)id * 2654435769u) * team) >> 32 == me;
+  }
+};
+
+// Fold a group's sum * exp(best) into a token's total * exp(top).
+inline void add_exponentials(float best, float sum, float& top, float& total) {
+  if (best > top) {
+    total = total * std::exp(top - best) + sum;
+    top = best;
+  } else {
+    total += sum * std::exp(best - top);
+  }
+}
+
+// Fold a group's log(sum) + best into a token's largest.
+inline void keep_largest(float best, float sum, int64_t group, float& top, int32_t& winner) {
+  const float value = std::log(sum) + best;
+  // Of groups with equal values the last wins: one group alone, as published.
+  if (value >= top && value > -kInfinity) {
+    top = value;
+    winner = group;
+  } else if (value != value) {
+    top = value;
+  }
+}
+
+// Runs work(block, task) for all tasks, and after each turn merge(block, owner).
 template <typename Work, typename Merge>
 void in_turns(const Problem& p, const std::vector<Task>& tasks, Work work, Merge merge) {
   const int64_t n_threads = std::min<int64_t>(p.n_threads, std::max<size_t>(tasks.size(), 1));
   std::vector<Block*> blocks(n_threads);
 #pragma omp parallel num_threads(n_threads)
   {
-    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    const Owner mine;
     Block own(p);
-    blocks[me] = &own;
+    blocks[mine.me] = &own;
 #pragma omp barrier
-    for (size_t turn = 0; turn < tasks.size(); turn += team) {
-      if (turn + me < tasks.size()) work(own, tasks[turn + me]);
+    for (size_t turn = 0; turn < tasks.size(); turn += mine.team) {
+      if (turn + mine.me < tasks.size()) work(own, tasks[turn + mine.me]);
 #pragma omp barrier
-      for (int64_t t = 0; t < team && turn + t < tasks.size(); ++t)
-        merge(*blocks[t], tasks[turn + t], [me, team](int64_t id) {
-          // Neighbours go to different owners; a division would take longer than the addition.
-          return (int64_t)(((uint64_t)((uint32_t)id * 2654435769u) * team) >> 32) == me;
-        });
+      for (size_t t = 0; t < mine.team && turn + t < tasks.size(); ++t) merge(*blocks[t], mine);
 #pragma omp barrier
     }
   }
@@ -395,40 +428,39 @@ void stream_forward(const Problem* problem, float* top, float* total, int32_t* w
   // Groups are compared by their whole log-sum-exp; sums may be split to keep all threads busy.
   const int64_t splits = winner ? 1 : std::max<int64_t>(1, kTasks / std::max<int64_t>(blocks, 1));
   const auto tasks = cut(p, round_up(std::max<int64_t>(pieces(p.m, splits), 1), kClasses));
-  in_turns(
-      p, tasks,
-      [&](Block& b, const Task& t) {
-        b.take_tokens(t, nullptr);
-        std::fill(b.top.begin(), b.top.end(), kLowest);
-        std::fill(b.total.begin(), b.total.end(), 0.0f);
-        for (int64_t c = t.class_start; b.n && c < t.class_stop; c += kClasses) {
-          b.take_classes(c, std::min(c + kClasses, t.class_stop));
-          b.score(t, c);
-          b.fold();
-        }
-      },
-      [&](Block& b, const Task&, auto owns) {
-        for (int64_t i = 0; i < b.n; ++i) {
-          const int64_t id = b.token_ids[i];
-          if (!owns(id)) continue;
-          const float best = b.top[i] + b.log_weight[i];
-          if (winner) {
-            const float value = std::log(b.total[i]) + best;
-            // Of groups with equal values the last wins: one group alone, as published.
-            if (value >= top[id] && value > -kInfinity) {
-              top[id] = value;
-              winner[id] = p.first_group + b.group;
-            } else if (value != value) {
-              top[id] = value;
-            }
-          } else if (best > top[id]) {
-            total[id] = total[id] * std::exp(top[id] - best) + b.total[i];
-            top[id] = best;
-          } else {
-            total[id] += b.total[i] * std::exp(best - top[id]);
-          }
-        }
-      });
+  std::vector<int64_t> first(tasks.size() + 1, 0);  // where a task's tokens are in the two below
+  for (size_t t = 0; t < tasks.size(); ++t)
+    first[t + 1] = first[t] + tasks[t].token_stop - tasks[t].token_start;
+  std::vector<float> best(first.back()), sums(first.back());
+#pragma omp parallel num_threads(p.n_threads)
+  {
+    Block b(p);
+#pragma omp for schedule(dynamic)
+    for (size_t task = 0; task < tasks.size(); ++task) {
+      const Task& t = tasks[task];
+      b.take_tokens(t, nullptr);
+      std::fill(b.top.begin(), b.top.end(), kLowest);
+      std::fill(b.total.begin(), b.total.end(), 0.0f);
+      for (int64_t c = t.class_start; b.n && c < t.class_stop; c += kClasses) {
+        b.take_classes(c, std::min(c + kClasses, t.class_stop));
+        b.score(t, c);
+        b.fold();
+      }
+      for (int64_t i = 0; i < b.n; ++i) {
+        const int64_t at = first[task] + b.place[i] - t.token_start;
+        best[at] = b.top[i] + b.log_weight[i], sums[at] = b.total[i];
+      }
+    }
+    const Owner mine;
+    for (size_t task = 0; task < tasks.size(); ++task)
+      for (int64_t at = first[task]; at < first[task + 1]; ++at) {
+        const Task& t = tasks[task];
+        const int64_t id = p.tokens[t.group * p.n + t.token_start + at - first[task]];
+        if (id >= p.n_tokens || !mine.owns(id)) continue;
+        if (winner) keep_largest(best[at], sums[at], p.first_group + t.group, top[id], winner[id]);
+        else add_exponentials(best[at], sums[at], top[id], total[id]);
+      }
+  }
 }
 
 // Add the gradients of a grid. shift (N,) is the merged value; factor (N,) its gradient times the
@@ -452,10 +484,10 @@ void stream_backward(const Problem* problem, const float* shift, const float* fa
           b.add_grads(c - t.class_start, grad_hidden, grad_rows, grad_bias);
         }
       },
-      [&](Block& b, const Task&, auto owns) {
+      [&](Block& b, const Owner& mine) {
         if (!b.n) return;
         for (int64_t i = 0; grad_hidden && i < b.n; ++i)
-          if (owns(b.token_ids[i]))
+          if (mine.owns(b.token_ids[i]))
             add_row(grad_hidden + b.token_ids[i] * p.width, &b.grad_hidden[i * b.ld], b.factor[i],
                     p.width);
         const int64_t m = b.task_class_ids.size();
@@ -463,7 +495,7 @@ void stream_backward(const Problem* problem, const float* shift, const float* fa
           const int64_t id = b.task_class_ids[j];
           if (grad_rows && j + kAhead < m && b.task_class_ids[j + kAhead] >= 0)
             b.prefetch(grad_rows, b.task_class_ids[j + kAhead]);
-          if (id < 0 || !owns(id)) continue;
+          if (id < 0 || !mine.owns(id)) continue;
           if (grad_bias) grad_bias[id] += b.grad_bias[j];
           if (grad_rows) add_row(grad_rows + id * p.width, &b.grad_rows[j * b.ld], 1.0f, p.width);
         }

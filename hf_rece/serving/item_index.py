@@ -94,7 +94,7 @@ class ItemIndex:
     ) -> ItemIndex:
         """Return an index of the model's items; prints its recall@k against exact search.
 
-        The effort of a search is doubled until target_recall is reached on half of the histories;
+        The least effort of a search that reaches target_recall is found on half of the histories;
         the recall that is printed and kept is of the other half.
 
         Args:
@@ -194,23 +194,27 @@ class ItemIndex:
         """Return this index with the least effort that reaches the recall, and its recall."""
         settings = asdict(self.settings)
         k = min(settings.pop("recall_k"), settings["n_rows"] - 1)
-        exact = streamed_topk(
-            terms.hidden,
-            terms.rows,
-            k,
-            bias=terms.bias,
-            excluded_ids=torch.zeros(1, dtype=torch.long, device=terms.hidden.device),
-        )[1]
+        padding = torch.zeros(1, dtype=torch.long, device=terms.hidden.device)
+        exact = streamed_topk(terms.hidden, terms.rows, k, bias=terms.bias, excluded_ids=padding)[1]
         tune = torch.arange(len(exact)) % 2 == 0
         measure = ~tune if len(exact) > 1 else tune
-        effort, most = (1, _most_effort(self.index)) if _most_effort(self.index) else (0, 0)
-        while True:
-            settings |= {"effort": effort, "recall": 1.0}
-            found = ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
-            if effort >= most or found._recall(terms, exact, tune, k) >= target_recall:
-                break
+
+        def at(effort: int) -> ItemIndex:
+            return ItemIndex(self.index, IndexSettings(**settings | {"effort": effort}, recall_k=k))
+
+        def suffices(effort: int) -> bool:
+            return at(effort)._recall(terms, exact, tune, k) >= target_recall
+
+        settings["recall"] = 1.0
+        effort, most = min(1, _most_effort(self.index)), _most_effort(self.index)
+        while effort < most and not suffices(effort):
             effort = min(2 * effort, most)
-        settings["recall"] = round(found._recall(terms, exact, measure, k), 4)
+        too_little = effort // 2
+        while effort - too_little > max(1, effort // 16):
+            middle = (effort + too_little) // 2
+            too_little, effort = (too_little, middle) if suffices(middle) else (middle, effort)
+        settings["effort"] = effort
+        settings["recall"] = round(at(effort)._recall(terms, exact, measure, k), 4)
         return ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
 
     def _recall(self, terms: OutputTerms, exact: Tensor, chosen: Tensor, k: int) -> float:

@@ -25,7 +25,7 @@ ids = st.sampled_from(["integers", "words"]).flatmap(
     )
 )
 clocks = st.sampled_from(["integers", "floats", "dates", "nanoseconds"])
-START = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)  # noqa: UP017
+START = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)
 
 
 @st.composite

@@ -9,18 +9,15 @@ from typing import get_args
 
 import pytest
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import strategies as st
 
-from hf_rece import cli
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import HfReceError
 from hf_rece.losses import LOSSES, LossName, build_loss
 from hf_rece.losses.options import CommonOptions
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
-from hf_rece.models.sasrec import SASRecConfig
 from tests.fuzz.cases import cases
 
 # What JSON and YAML can say in place of a number, a flag or a name.
@@ -158,7 +155,9 @@ def damages(draw):
     """Which model, which file of it, and what is done to the file."""
     name = draw(
         st.sampled_from(
-            ["config.json"] * 3 + ["model.safetensors"] * 2 + ["items.json", "tokenizer_config.json"]
+            ["config.json"] * 3
+            + ["model.safetensors"] * 2
+            + ["items.json", "tokenizer_config.json"]
         )
     )
     if name.endswith(".json") and draw(st.sampled_from([True, True, False])):
@@ -204,7 +203,9 @@ HISTORY = [["item 3", "item 7"]]
 
 
 def test_a_damaged_model_is_loaded_or_refused(saved):
-    expected = [RecommenderModel.from_pretrained(folder).recommend(HISTORY, k=3) for folder in saved]
+    expected = [
+        RecommenderModel.from_pretrained(folder).recommend(HISTORY, k=3) for folder in saved
+    ]
 
     @cases(60, damages())
     def test_damaged_models(case):

@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pandas as pd
 import polars as pl
 from hypothesis import strategies as st
