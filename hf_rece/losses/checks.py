@@ -13,11 +13,11 @@ def check_at_least(name: str, value: int, least: int) -> None:
         )
 
 
-def check_below(name: str, value: int, end: int) -> None:
-    """Raise ArgumentError unless `value` is an integer from 0 to `end` - 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
+def check_between(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raise ArgumentError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ArgumentError(
-            name, value, f"not an integer from 0 to {end - 1}", "Pass one in that range"
+            name, value, f"not an integer from {least} to {most}", "Pass one in that range"
         )
 
 

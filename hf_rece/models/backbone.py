@@ -38,7 +38,7 @@ def as_backbone(
         settings = dict(backbone)
         model_type = settings.pop("model_type", SASRecConfig.model_type)
         known = model_type == SASRecConfig.model_type  # whether or not it is registered
-        if not known and model_type not in CONFIG_MAPPING:
+        if not known and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
             raise _no_decoder(model_type)
         config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
     else:

@@ -11,7 +11,7 @@ from hf_rece.data.item_tokenizer import PAD_ID
 from hf_rece.embeddings.item_table import DenseTable, item_table_settings
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
-from hf_rece.losses.checks import check_at_least, check_below
+from hf_rece.losses.checks import check_between
 from hf_rece.models.backbone import as_backbone
 
 
@@ -33,8 +33,8 @@ class RecommenderConfig(PreTrainedConfig):
             RecommenderTrainer.
 
     Raises:
-        ArgumentError: for a value out of range, an unknown loss, knob, table or setting, a reduction other than "mean",
-            or a backbone that is no decoder.
+        ArgumentError: for a value out of range, an unknown loss, knob, table or setting, a
+            reduction other than "mean", or a backbone that is no decoder.
     """
 
     model_type = "hf_rece_recommender"
@@ -51,9 +51,9 @@ class RecommenderConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_at_least("vocab_size", self.vocab_size, 1)
+        check_between("vocab_size", self.vocab_size, 1)
         if self.pad_token_id is not None:
-            check_below("pad_token_id", self.pad_token_id, self.vocab_size)
+            check_between("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for name in ("loss_kwargs", "training_run"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ArgumentError(

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rece.errors import ArgumentError
-from hf_rece.losses.checks import check_at_least
+from hf_rece.losses.checks import check_between
 
 
 @strict
@@ -42,7 +42,8 @@ class SASRecConfig(PreTrainedConfig):
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for sizes out of range, if heads do not divide the width, or hidden_act is unknown.
+        ArgumentError: for sizes out of range, if heads do not divide the width, or hidden_act is
+            unknown.
     """
 
     model_type = "hf_rece_sasrec"
@@ -66,9 +67,9 @@ class SASRecConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name, least in _AT_LEAST.items():
-            check_at_least(name, getattr(self, name), least)
+            check_between(name, getattr(self, name), least)
         if self.intermediate_size is not None:
-            check_at_least("intermediate_size", self.intermediate_size, 1)
+            check_between("intermediate_size", self.intermediate_size, 1)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
             raise ArgumentError("dropout", self.dropout, "no probability", "Pass 0 to 1")
         if self.hidden_size % self.num_attention_heads:

@@ -45,7 +45,7 @@ def run_file(path: Path) -> None:
     import pytest
 
     counter = Counter()
-    options = ["-q", "--timeout=0", "-p", "no:cacheprovider", "--tb=short", str(path)]
+    options = ["-q", "-n0", "--timeout=0", "-p", "no:cacheprovider", "--tb=short", str(path)]
     pytest.main(options, plugins=[counter])
     print(json.dumps(counter.properties))
 

@@ -1,6 +1,10 @@
 """Settings, saved models and indexes: loaded right, or refused by an error that names the fault."""
 
+import contextlib
+import copy
+import io
 import json
+import math
 import shutil
 import tempfile
 import warnings
@@ -9,22 +13,28 @@ from typing import get_args
 
 import pytest
 import torch
+import transformers
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import strategies as st
 
+from hf_rece import cli
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import HfReceError
 from hf_rece.losses import LOSSES, LossName, build_loss
 from hf_rece.losses.options import CommonOptions
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
+from hf_rece.serving.item_index import ItemIndex
 from tests.fuzz.cases import cases
 
 # What JSON and YAML can say in place of a number, a flag or a name.
 plain = st.sampled_from(
-    [None, True, False, 0, 1, 2, 3, 7, -1, 2.0, 0.5, -0.5, 1e-9, float("inf"), float("nan")]
-    + ["", "auto", "mean", "cross_entropy", "rece", "2GiB", "3", "uniform", "dense", "é", "lma"]
-    + [[], {}, [1], [1, 2], ["a"], {"type": "lma"}, {"a": 1}, [None], [[1]]]
+    [
+        *(None, True, False, 0, 1, 2, 3, 7, -1, 2.0, 0.5, -0.5, 1e-9, math.inf, math.nan),
+        *("", "auto", "mean", "cross_entropy", "rece", "2GiB", "3", "uniform", "dense", "é", "lma"),
+        *([], {}, [1], [1, 2], ["a"], {"type": "lma"}, {"a": 1}, [None], [[1]]),
+    ]
 )
 # Numbers so large that whatever takes them at their word never ends, or takes all memory.
 huge = st.sampled_from([10**9, 10**12, 2**31, 2**63, -(2**63), 10**30, 1e18, 1e308])
@@ -108,7 +118,7 @@ def changed(draw, settings, values=plain):
             if not settings:
                 break
         else:
-            inner[path[-1] if kind == "replace" else "unknown"] = draw(values)
+            inner[path[-1] if kind == "replace" else "unknown"] = copy.deepcopy(draw(values))
         if not any(True for _ in paths_of(settings)):
             break
     return settings
@@ -153,13 +163,8 @@ def saved(tmp_path_factory):
 @st.composite
 def damages(draw):
     """Which model, which file of it, and what is done to the file."""
-    name = draw(
-        st.sampled_from(
-            ["config.json"] * 3
-            + ["model.safetensors"] * 2
-            + ["items.json", "tokenizer_config.json"]
-        )
-    )
+    files = ("config.json", "model.safetensors", "items.json", "tokenizer_config.json")
+    name = draw(st.sampled_from([*files, "config.json", "config.json", "model.safetensors"]))
     if name.endswith(".json") and draw(st.sampled_from([True, True, False])):
         damage = ("settings", draw(st.randoms(use_true_random=False)), draw(plain | huge))
     else:
@@ -172,7 +177,7 @@ def damages(draw):
 def damaged(whole, damage):
     kind, where, put = damage
     if kind == "settings":
-        return json.dumps(with_change(json.loads(whole), where, put)).encode()
+        return json.dumps(with_change(json.loads(whole), where, copy.deepcopy(put))).encode()
     place = int(where * len(whole))
     if kind == "flip":
         return whole[:place] + bytes([whole[place] ^ (1 << put[0] % 8)]) + whole[place + 1 :]
@@ -202,10 +207,19 @@ def with_change(settings, choose, put):
 HISTORY = [["item 3", "item 7"]]
 
 
+def load(folder):
+    """The model, without transformers' reports of what it found."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        return RecommenderModel.from_pretrained(folder)
+    finally:
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_progress_bar()
+
+
 def test_a_damaged_model_is_loaded_or_refused(saved):
-    expected = [
-        RecommenderModel.from_pretrained(folder).recommend(HISTORY, k=3) for folder in saved
-    ]
+    n_answers = {len(load(folder).recommend(HISTORY, k=3)[0]) for folder in saved}
 
     @cases(60, damages())
     def test_damaged_models(case):
@@ -216,11 +230,77 @@ def test_a_damaged_model_is_loaded_or_refused(saved):
             path = Path(folder) / name
             path.write_bytes(damaged(path.read_bytes(), damage))
             try:
-                model = RecommenderModel.from_pretrained(folder)
+                model = load(folder)
+                answers = model.recommend(HISTORY, k=3)
             except HfReceError:
                 return
-            if name != "config.json":
-                answer = model.recommend(HISTORY, k=3) if model.tokenizer else None
-                assert answer is None or len(answer[0]) == len(expected[which][0])
+            assert {len(answers[0])} == n_answers
 
     test_damaged_models()
+
+
+# ------------------------------------------------------------------------- indexes and YAML files
+
+
+@st.composite
+def index_damages(draw):
+    """What is done to an index: to its settings, or its file cut short."""
+    if draw(st.sampled_from([True, True, True, False])):
+        return "item_index.json", ("settings", draw(st.randoms(use_true_random=False)), draw(plain))
+    name = draw(st.sampled_from(["item_index.json", "item_index.faiss"]))
+    return name, ("cut", draw(st.floats(0, 1, exclude_max=True)), b"")
+
+
+def test_a_damaged_index_is_loaded_or_refused(saved, tmp_path):
+    pytest.importorskip("faiss")
+    model = load(saved[0])
+    ItemIndex.build(model).save(tmp_path)
+    expected = model.recommend(HISTORY, k=3, index=ItemIndex.load(tmp_path))
+
+    @cases(40, index_damages())
+    def test_damaged_indexes(case):
+        name, damage = case
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+            path = Path(folder) / name
+            path.write_bytes(damaged(path.read_bytes(), damage))
+            try:
+                answers = model.recommend(HISTORY, k=3, index=ItemIndex.load(folder))
+            except HfReceError:
+                return
+            assert len(answers[0]) == len(expected[0])
+
+    test_damaged_indexes()
+
+
+YAML = {
+    "min_user_interactions": 3, "split": "temporal", "test_quantile": 0.9, "backbone": "sasrec",
+    "hidden_size": 8, "max_length": 10, "item_embedding": "lma", "loss_type": "rece",
+    "loss_kwargs": {"n_rounds": 2}, "memory_budget": "1GiB", "learning_rate": 1e-3, "seed": 1,
+    "num_train_epochs": 1, "per_device_train_batch_size": 8, "density": 0.1, "use_cpu": True,
+    "report_to": "none", "eval_strategy": "epoch",
+}  # fmt: skip
+
+
+@st.composite
+def yaml_files(draw):
+    """A YAML file of `hf-rece train`, with other values in it or other bytes."""
+    settings = draw(changed(YAML))
+    text = yaml.safe_dump(settings).encode()
+    if draw(st.sampled_from([True, False, False])):
+        place = draw(st.integers(0, len(text)))
+        text = text[:place] + draw(st.binary(min_size=1, max_size=3)) + text[place:]
+    return text
+
+
+@cases(30, yaml_files())
+def test_a_yaml_file_is_read_or_refused(case):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.yaml"
+        path.write_bytes(case)
+        types = (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults, cli.SparsityArguments)
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                cli.parse(types, [str(path), "--output_dir", folder], "train")
+            except (HfReceError, SystemExit):  # argparse says what is wrong, and exits
+                return
