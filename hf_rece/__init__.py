@@ -37,6 +37,7 @@ from hf_rece.losses import (
 )
 from hf_rece.losses.planning import plan_losses
 from hf_rece.models.auto import register_auto_classes
+from hf_rece.models.recommendation import recommendations_frame
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
@@ -45,6 +46,7 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.compare import compare_runs
     from hf_rece.training.row_adam import RowAdamW
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.sparsity import DynamicSparsityCallback
@@ -60,6 +62,7 @@ _LAZY = {
     "RecommenderTrainer": "hf_rece.training.trainer",
     "RecommenderTrainingArguments": "hf_rece.training.args",
     "RowAdamW": "hf_rece.training.row_adam",
+    "compare_runs": "hf_rece.training.compare",
 }
 
 __all__ = [
@@ -93,6 +96,7 @@ __all__ = [
     "__version__",
     "bce_loss",
     "build_loss",
+    "compare_runs",
     "cross_entropy_loss",
     "find_head",
     "gbce_loss",
@@ -102,6 +106,7 @@ __all__ = [
     "load_interactions",
     "plan_losses",
     "rece_loss",
+    "recommendations_frame",
     "replace_output_head",
     "restore_output_head",
     "sampled_softmax_loss",

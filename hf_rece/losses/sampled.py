@@ -310,16 +310,17 @@ def _stream_negatives(
         sequence_ids, n_draws = problem.sequence_ids()
     shape = problem.cost_shape(config.memory_budget)
     tile_bytes = choose_sampled(config, shape, problem.options.tile_bytes).tile_bytes
-    negatives = draw_negatives(
-        problem.labels,
-        problem.rows.n_rows,
-        n_negatives=config.n_negatives,
-        sampler=config.sampler,
-        n_draws=n_draws,
-        logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
-        excluded_ids=problem.excluded_ids,
-        generator=problem.options.generator,
-    )
+    with problem.draws():
+        negatives = draw_negatives(
+            problem.labels,
+            problem.rows.n_rows,
+            n_negatives=config.n_negatives,
+            sampler=config.sampler,
+            n_draws=n_draws,
+            logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
+            excluded_ids=problem.excluded_ids,
+            generator=problem.options.generator,
+        )
     plan = sampled_plan(
         problem.labels,
         problem.rows.n_rows,

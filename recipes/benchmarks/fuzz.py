@@ -31,8 +31,9 @@ class Counter:
         """Note a property that has been tried."""
         from tests.fuzz.cases import TRIED
 
-        name = report.nodeid.rpartition("::")[2]
-        if report.when == "call" and name in TRIED:
+        if report.when != "call":
+            return
+        for name in TRIED.keys() - self.properties.keys():
             self.properties[name] = {
                 "cases": TRIED[name],
                 "outcome": report.outcome,
