@@ -294,7 +294,7 @@ def parse(
         words = [word for word in words if word not in files and word != "--config"]
         settings = _read_yaml(files[0])
         known = {item.name for each in types for item in fields(each)}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - known, key=str)
         if unknown:
             raise ArgumentError(
                 "config", unknown, "no such settings", f"hf-rece {command} --help lists them"
@@ -321,6 +321,8 @@ def _read(path: str) -> str:
         return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise DataError(path, "no such file", "Check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 text: {error}", "Save it as UTF-8") from None
 
 
 COMMANDS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 from datasets import Dataset, DatasetDict, DatasetInfo
 
@@ -65,7 +67,9 @@ def temporal_split(
     """
     if not 0 < quantile < 1:
         raise ArgumentError("quantile", quantile, "out of range", "Pass a number such as 0.95")
-    point = interactions[TIME].quantile(quantile, "lower")
+    # Series.quantile answers in float64, which nanoseconds do not fit.
+    n_before = math.floor((len(interactions) - 1) * quantile)
+    point = interactions[TIME].sort().head(n_before + 1).max()
     late = interactions.group_by(USER).agg((pl.col(TIME).max() > point).alias("late"))
     sequences = _sequences(interactions, tokenizer).join(late, on=USER, maintain_order="left")
     held_out = sequences.filter("late", pl.col(HISTORY).list.len() >= 3).drop("late")

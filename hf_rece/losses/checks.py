@@ -18,6 +18,20 @@ def check_at_least(name: str, value: int, least: int) -> None:
         )
 
 
+def check_between(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raise ArgumentError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ArgumentError(
+            name, value, f"not an integer from {least} to {most}", "Pass one in that range"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(name, value, "neither True nor False", "Pass one of them")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ArgumentError unless `value` is one of `choices`."""
     if value not in choices:
@@ -63,7 +77,7 @@ def checked_ids(
     """Return distinct class ids as a tensor, None for none.
 
     Raises:
-        ArgumentError: if one is out of range.
+        ArgumentError: if one is out of range, or every class is among them.
     """
     if ids is None or len(ids) == 0:
         return None
@@ -74,6 +88,10 @@ def checked_ids(
             excluded.tolist()[:5],
             f"there are {n_classes} classes",
             f"Pass class ids from 0 to {n_classes - 1}",
+        )
+    if len(excluded) == n_classes:
+        raise ArgumentError(
+            "excluded_ids", n_classes, "every class is excluded", "Leave classes to score"
         )
     return excluded
 

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.checks import check_shapes, check_values, checked_ids
 from hf_rece.losses.estimates import Shape
+from hf_rece.losses.option_checks import check_options
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
 from hf_rece.ops.shards import ShardedRows, SharedTokens, same_draws
@@ -83,6 +84,7 @@ class Options:
     sparse_grad: bool = False
 
     def __post_init__(self) -> None:
+        check_options(vars(self))
         if self.reduction not in ("mean", "sum", "none"):
             raise ArgumentError(
                 "reduction", self.reduction, "no such reduction", "Pass mean, sum or none"
@@ -91,12 +93,6 @@ class Options:
             raise ArgumentError(
                 "backend", self.backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
             )
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ArgumentError(
-                "logit_softcap", self.logit_softcap, "a cap is positive", "Pass None for no cap"
-            )
-        if not math.isfinite(self.logit_scale):
-            raise ArgumentError("logit_scale", self.logit_scale, "not finite", "Pass 1.0 for none")
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,8 @@ class Problem:
         if self.options.reduction == "sum":
             return total
         if self.options.num_items_in_batch is not None:
-            return total / self.options.num_items_in_batch
+            # A step without any label has the loss 0.
+            return total / torch.as_tensor(self.options.num_items_in_batch).clamp(min=1)
         return total / n_counted
 
 

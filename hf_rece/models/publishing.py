@@ -28,9 +28,11 @@ from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import ArgumentError, HubError
 from hf_rece.models.loading import (
+    check_config,
     check_is_recommender,
     check_sizes,
     clear_loading_errors,
+    damaged_settings,
     hub_options,
 )
 from hf_rece.models.recommender_card import recommender_card
@@ -168,7 +170,7 @@ class PublishedRecommender(ShardedCheckpoints):
         Raises:
             ArgumentError: if there is no such repository or revision, if it holds another model, or
                 more items than the model has rows.
-            DataError: if weights are damaged, or do not fit the configuration.
+            DataError: if a file is damaged, or the weights do not fit the configuration.
         """
         if pretrained_model_name_or_path is None:  # from a configuration and weights at hand
             return super().from_pretrained(None, *args, **kwargs)
@@ -177,6 +179,7 @@ class PublishedRecommender(ShardedCheckpoints):
         with clear_loading_errors(source, hub):
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
+                check_config(source, cls.config_class, hub)
             if kwargs.pop("vocab_parallel", False):
                 model: Self = cls._cut(source, kwargs, hub)
             else:
@@ -184,7 +187,8 @@ class PublishedRecommender(ShardedCheckpoints):
             loaded = model[0] if isinstance(model, tuple) else model
             items_file = ItemTokenizer.vocab_files_names["items_file"]
             if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
-                loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
+                with damaged_settings(source, "tokenizer_config.json or items.json"):
+                    loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
         return model
 

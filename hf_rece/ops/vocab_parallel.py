@@ -181,7 +181,9 @@ class _ShardedStream(torch.autograd.Function):
         into = Gradients(
             hidden=gradient_buffer(hidden) if wants_hidden else None,
             rows=gradient_buffers(tensors, wants_rows),
-            bias=gradient_buffer(bias) if wants_bias else None,
+            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
+            if wants_bias
+            else None,
         )
         # Each process knows the gradients of its own tokens' losses.
         both = shards.sum(torch.stack([grad_own, grad_merged]))
