@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
 
@@ -128,8 +129,8 @@ class Buckets:
                 buckets = shard_of_users(chunk[USER], self.n_buckets)
                 order = np.argsort(buckets, kind="stable")
                 bounds = np.searchsorted(buckets[order], np.arange(self.n_buckets + 1))
-                (batch,) = _arrow(chunk[order]).combine_chunks().to_batches() or [None]
-                for first, end in zip(bounds, bounds[1:], strict=False):
+                batch = _arrow(chunk[order]).combine_chunks().to_batches()[0]
+                for first, end in pairwise(bounds):
                     writer.write_batch(batch.slice(first, end - first))
                 items = pl.concat([items, chunk.select(ITEM).unique()]).unique()
                 advance(len(chunk))
@@ -170,7 +171,7 @@ class Buckets:
                 places = range(bucket, reader.num_record_batches, self.n_buckets)
                 batches += [reader.get_batch(place) for place in places]
         empty = pl.DataFrame(schema=self.survey.schema)
-        return pl.concat([empty, *(pl.from_arrow(batch) for batch in batches)])
+        return pl.concat([empty, *map(pl.DataFrame, batches)])
 
     def _codes(self, items: pl.Series) -> NDArray[np.int32]:
         known = pl.DataFrame({ITEM: self.items}).with_row_index("code")
@@ -179,9 +180,9 @@ class Buckets:
 
 
 def shard_of_users(users: pl.Series, n_shards: int) -> NDArray[np.int64]:
-    """Return the shard of each user: CRC-32 of the id in UTF-8, integers in digits, modulo n_shards.
+    """Return the shard of each user: CRC-32 of the id modulo n_shards.
 
-    The same everywhere and in every version, and a function of Spark's and DuckDB's too.
+    Of the id in UTF-8, integers in digits: the same everywhere, and a function that Spark has too.
     """
     written = users.cast(pl.String).cast(pl.Binary).to_list()
     return np.fromiter(map(crc32, written), np.int64, len(users)) % n_shards

@@ -165,9 +165,7 @@ def _prepare(output: Path, files: list[Path], asked_for: dict[str, Any], stage: 
     )
 
 
-def _check(
-    split: str, min_user: int, min_item: int, quantile: float, n_shards: int | None
-) -> None:
+def _check(split: str, min_user: int, min_item: int, quantile: float, n_shards: int | None) -> None:
     if split not in ("leave_one_out", "temporal"):
         raise ArgumentError("split", split, "no such split", "Pass leave_one_out or temporal")
     for name, minimum in (("user", min_user), ("item", min_item)):
@@ -196,9 +194,7 @@ def _check_output(output: Path, asked_for: dict[str, Any], overwrite: bool) -> N
         DataError: if it does.
     """
     if output.exists() and not is_prepared(output) and (output.is_file() or any(output.iterdir())):
-        raise DataError(
-            str(output), "not empty, and not a prepared log", "Pass another output_dir"
-        )
+        raise DataError(str(output), "not empty, and not a prepared log", "Pass another output_dir")
     if overwrite or not (output / MANIFEST).exists():
         return
     before = _asked_for(output)
@@ -224,7 +220,9 @@ def _alone(output: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise DataError(
-            str(output), "another process is preparing it", "Wait for it, or pass another output_dir"
+            str(output),
+            "another process is preparing it",
+            "Wait for it, or pass another output_dir",
         ) from None
 
 

@@ -151,6 +151,9 @@ class PreparedSplit(TorchDataset[Row]):
             self._now = place, Rows(self.groups[place].read())
         return self._now[1][index - int(self._ends[place]) + self.groups[place].rows]
 
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
     @property
     def info(self) -> DatasetInfo:
         """What datasets.Dataset has under this name: the description."""
@@ -192,7 +195,10 @@ class Rows:
         self._targets = table[TARGET].to_pylist() if TARGET in table.column_names else None
 
     def __getitem__(self, index: int) -> Row:
-        row = {USER: self._users[index], HISTORY: self._items[self._ends[index] : self._ends[index + 1]]}
+        row = {
+            USER: self._users[index],
+            HISTORY: self._items[self._ends[index] : self._ends[index + 1]],
+        }
         return row if self._targets is None else {**row, TARGET: self._targets[index]}
 
 
@@ -318,7 +324,9 @@ def _shard(folder: Path, shard: Mapping[str, Any]) -> Path:
     size = path.stat().st_size if path.exists() else None
     if size != shard["bytes"]:
         problem = "missing" if size is None else f"{size} bytes of {shard['bytes']}"
-        raise DataError(path.name, problem, f"Copy it again, or delete {MANIFEST} and prepare again")
+        raise DataError(
+            path.name, problem, f"Copy it again, or delete {MANIFEST} and prepare again"
+        )
     return path
 
 

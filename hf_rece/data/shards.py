@@ -70,7 +70,9 @@ class Histories:
         return self._beginnings(users, lengths).append_column(TARGET, pa.array(targets))
 
 
-def write_shards(folder: Path, buckets: Buckets, kept: Kept, min_user: int, advance: Advance) -> None:
+def write_shards(
+    folder: Path, buckets: Buckets, kept: Kept, min_user: int, advance: Advance
+) -> None:
     """Write the shards of all buckets, and leave out those that are there.
 
     Args:

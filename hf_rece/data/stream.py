@@ -152,7 +152,10 @@ class EpochOrder:
     def __getitem__(self, position: int) -> Row:
         start = position - position % self._stream.buffer_size
         if self._window is None or self._window[0] != start:
-            rows, first = min(self._stream.buffer_size, len(self._stream) - start), self._first + start
+            rows, first = (
+                min(self._stream.buffer_size, len(self._stream) - start),
+                self._first + start,
+            )
             self._window = start, self._read(first, rows), self._shuffled(rows, 1 + first)
         _, found, order = self._window
         return found[order[position - start]]

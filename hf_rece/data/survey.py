@@ -65,9 +65,9 @@ class Survey:
         return sum(file.rows for file in self.files)
 
     @property
-    def schema(self) -> dict[str, type[pl.DataType]]:
+    def schema(self) -> pl.Schema:
         """The types in which the log is read: int64 or string ids, int64 or float64 times."""
-        return {role: _DTYPES[kind] for role, kind in self.kinds.items()}
+        return pl.Schema({role: _DTYPES[kind] for role, kind in self.kinds.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return what from_dict makes this of again."""
@@ -88,11 +88,13 @@ def log_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: for a name that is no file.
     """
-    names = source if isinstance(source, (list, tuple)) else [source]
+    names = [source] if isinstance(source, (str, Path)) else source
     found: list[Path] = []
     for name in names:
         path = Path(name)
-        files = [path] if path.is_file() else [Path(file) for file in glob(str(path), recursive=True)]
+        files = (
+            [path] if path.is_file() else [Path(file) for file in glob(str(path), recursive=True)]
+        )
         if path.is_dir():
             files = list(path.rglob("*.parquet"))
         files = sorted(file for file in files if file.is_file())
@@ -155,7 +157,9 @@ def _look_at(path: Path, named: dict[str, str | None], separator: str | None) ->
         written = [role for role, dtype in schema.items() if dtype == pl.String]
         if not table.is_text:  # ids that Parquet has as strings are strings
             written = [role for role in written if role == TIME]
-        questions = [_written_as(role, dtype) for role in written for dtype in (pl.Int64, pl.Float64)]
+        questions = [
+            _written_as(role, dtype) for role in written for dtype in (pl.Int64, pl.Float64)
+        ]
         answers = scan.select(pl.len().alias("rows"), *questions).collect(engine="streaming")
     found = answers.row(0, named=True)
     kinds = {role: _kind_of_type(dtype, role) for role, dtype in schema.items()}

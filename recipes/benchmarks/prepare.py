@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def months(rows: pl.DataFrame) -> list[pl.DataFrame]:
     first, last = 1_600_000_000, 1_600_000_000 + 15 * 30 * 24 * 3600
     inner = np.linspace(first, last, N_FILES + 1)[1:-1]
     ends = [0, *np.searchsorted(rows["timestamp"].to_numpy(), inner), len(rows)]
-    return [rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [rows[a:b] for a, b in pairwise(ends)]
 
 
 def measure(folder: Path, in_memory: bool) -> dict[str, float]:
@@ -77,7 +78,10 @@ def measure(folder: Path, in_memory: bool) -> dict[str, float]:
         found = {"train_sequences": len(splits["train"])}
     else:
         prepared = prepare_log(source, folder / "prepared", progress=True)
-        found = {"train_sequences": len(prepared.split("train")), "items": prepared.manifest["items"]}
+        found = {
+            "train_sequences": len(prepared.split("train")),
+            "items": prepared.manifest["items"],
+        }
     seconds = time.perf_counter() - started
     return {
         **found,
