@@ -77,7 +77,7 @@ def prepare_log(
         split: how test and validation are held out.
         quantile: as of temporal_split.
         n_shards: of each split; raise it to lower memory. None: one for 4 million interactions.
-        overwrite: remove a prepared log of other files or settings.
+        overwrite: prepare anew what is there, of other files or settings or of the same.
         progress: show bars on stderr.
 
     Raises:
@@ -102,7 +102,7 @@ def prepare_log(
     }
     _check_output(output, asked_for, overwrite)
     with _alone(output), clear_disk_errors(output):
-        if not (output / MANIFEST).exists() or _asked_for(output) != asked_for:
+        if overwrite or not (output / MANIFEST).exists() or _asked_for(output) != asked_for:
             _begin(output, asked_for)
             try:
                 with _shown(progress) as stage:

@@ -9,8 +9,8 @@
 
 user_id is int64 or string, item_ids list<int32> in order of time, target_id int32: the columns of
 leave_one_out_split. The shard of a user is CRC-32 of the id (in UTF-8; integers in digits) modulo
-the number of shards; in a shard, users are in ascending order. datasets.load_dataset finds the
-splits by these names, here and on the Hub.
+the number of shards; in a shard, users are in ascending order. datasets.load_dataset("parquet",
+data_files="prepared/data/train-*") reads them too.
 
 prepared.json: format (1); description (protocol and facts of the log, for model cards); users,
 items, interactions; splits (by name: rows, interactions, and shards: file, rows, bytes, sha256);
@@ -43,7 +43,7 @@ from hf_rece.errors import ArgumentError, DataError
 MANIFEST, UNFINISHED, DATA = "prepared.json", "unfinished", "data"
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
-_AGAIN = "Run hf-rece prepare again"
+_AGAIN, _ANEW = "Run hf-rece prepare again", "Copy it again, or prepare it again with overwrite"
 Row = dict[str, Any]
 
 
@@ -93,7 +93,7 @@ class PreparedLog:
             for shard in self.manifest["splits"][split]["shards"]:
                 path = _shard(self.path, shard)
                 if sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-                    raise DataError(shard["file"], "not what was written", _AGAIN)
+                    raise DataError(shard["file"], "not what was written", _ANEW)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class RowGroup:
         try:
             group = pq.ParquetFile(self.path).read_row_group(self.index, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(self.path.name, f"cannot be read: {error}", _AGAIN) from error
+            raise DataError(self.path.name, f"cannot be read: {error}", _ANEW) from error
         return group[: self.rows]
 
 
@@ -325,7 +325,7 @@ def _shard(folder: Path, shard: Mapping[str, Any]) -> Path:
     if size != shard["bytes"]:
         problem = "missing" if size is None else f"{size} bytes of {shard['bytes']}"
         raise DataError(
-            path.name, problem, f"Copy it again, or delete {MANIFEST} and prepare again"
+            path.name, problem, _ANEW
         )
     return path
 
@@ -335,7 +335,7 @@ def _row_groups(folder: Path, shard: Mapping[str, Any]) -> list[RowGroup]:
     try:
         metadata = pq.read_metadata(path)
     except pa.ArrowException as error:
-        raise DataError(path.name, f"not a Parquet file: {error}", _AGAIN) from error
+        raise DataError(path.name, f"not a Parquet file: {error}", _ANEW) from error
     groups = [
         RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
     ]

@@ -196,7 +196,7 @@ def _kind_of_type(dtype: pl.DataType, role: str) -> str:
 
 def _common(role: str, files: Sequence[LogFile]) -> str:
     """Return the kind that holds the values of all files."""
-    kinds = {file.kinds[role]: file.name for file in files if file.rows}
+    kinds = {file.kinds[role]: file.name for file in reversed(files) if file.rows}
     if not kinds or len(kinds) == 1:
         return next(iter(kinds), _INTEGER)
     if _DATE in kinds:
