@@ -244,50 +244,50 @@ def test_two_at_once_are_refused(files, tmp_path):
     assert_same(prepare_log(files, tmp_path / "out"), files)
 
 
-def kills(source, folder, n_kills, seed, longest):
-    """Prepare a log over and over, killed after random times, and then to the end."""
+ASKED_FOR = {"n_shards": 20, "split": "temporal"}
+
+
+def kill_and_go_on(source, folder, n_kills, seed):
+    """Prepare a log over and over, killed at random moments, and then to the end.
+
+    The killing does not end before one of them left work to go on with.
+    """
     context, draw = get_context("forkserver"), random.Random(seed)
     context.set_forkserver_preload(["hf_rece.data.prepare"])
-    arguments = {"args": (source, folder), "kwargs": {"n_shards": 5, "split": "temporal"}}
-    stages, killed = set(), 0
-    while killed < n_kills:
-        process = context.Process(target=prepare_log, **arguments)
+    times, killed, left = [], 0, set()
+    while killed < n_kills or not left:
+        process = context.Process(target=prepare_log, args=(source, folder), kwargs=ASKED_FOR)
         process.start()
-        process.join(draw.uniform(0, longest))
+        start = time.perf_counter()
+        process.join(draw.uniform(0, 1.2 * max(times)) if times else None)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        stages |= {path.name for path in folder.rglob("*")} if folder.exists() else set()
+        pieces = {path.name for path in folder.rglob("*-0*")} if folder.exists() else set()
         if (folder / "prepared.json").exists():
+            times.append(time.perf_counter() - start)
             open_prepared(folder).check()
             shutil.rmtree(folder)
-    prepare_log(source, folder, **arguments["kwargs"])
-    return stages
-
-
-def time_of_one(source, folder):
-    start = time.perf_counter()
-    prepare_log(source, folder, n_shards=5, split="temporal")
-    return time.perf_counter() - start
+        else:
+            left |= {name for name in pieces if not name.endswith(".part")}
+    prepare_log(source, folder, **ASKED_FOR)
 
 
 def test_kills_leave_the_same_files(files, tmp_path):
-    longest = time_of_one(files, tmp_path / "whole")
-    kills(files, tmp_path / "out", 3, seed=0, longest=longest)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    wanted = hashes(prepare_log(files, tmp_path / "whole", **ASKED_FOR).path)
+    kill_and_go_on(files, tmp_path / "out", 3, seed=0)
+    assert hashes(tmp_path / "out") == wanted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_many_kills_leave_the_same_files(seed, tmp_path):
     source = write(generate_interactions(20_000, 2000, seed=seed), tmp_path / "log", 12)
-    longest = time_of_one(source, tmp_path / "whole")
-    stages = kills(source, tmp_path / "out", 5, seed, longest)
-    assert "part-00000.arrow" in stages
-    assert {"bucket-00004.arrow", "kept.json"} & stages  # it got on between the kills
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    wanted = hashes(prepare_log(source, tmp_path / "whole", **ASKED_FOR).path)
+    kill_and_go_on(source, tmp_path / "out", 6, seed)
+    assert hashes(tmp_path / "out") == wanted
 
 
 # ------------------------------------------------------------------------------------- bad input
