@@ -132,7 +132,7 @@ def _find(buckets: Buckets, minima: Minima, quantile: float | None, stage: Stage
     # As polars does with interpolation="lower".
     place = int((int(counts.sum()) - 1) * quantile)
     with stage("finding the point in time", 4 * buckets.n_buckets) as advance:
-        point = _smallest(lambda: _times(buckets, is_kept, minima.user, advance), place)
+        point = value_at(lambda: _times(buckets, is_kept, minima.user, advance), place)
     return Kept(counts, users, point)
 
 
@@ -160,7 +160,7 @@ def _times(
         advance(1)
 
 
-def _smallest(parts: Callable[[], Iterator[NDArray[Any]]], place: int) -> float:
+def value_at(parts: Callable[[], Iterator[NDArray[Any]]], place: int) -> float:
     """Return the value at a place of the sorted values, 16 of its 64 bits a pass.
 
     Args:

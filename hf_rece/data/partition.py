@@ -70,7 +70,7 @@ class Buckets:
             advance: told 1 for each bucket.
 
         Raises:
-            DataError: if the disk is full.
+            DiskFullError: if the disk is full.
         """
         for bucket in range(self.n_buckets):
             path = self._histories(bucket)

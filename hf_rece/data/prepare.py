@@ -124,7 +124,7 @@ def save_tokenizer(folder: Path, items: list[Item]) -> ItemTokenizer:
         items: in order of token id.
 
     Raises:
-        DataError: if the disk is full.
+        DiskFullError: if the disk is full.
     """
     tokenizer = ItemTokenizer(items=items)
     with TemporaryDirectory(dir=folder) as beside:

@@ -324,9 +324,7 @@ def _shard(folder: Path, shard: Mapping[str, Any]) -> Path:
     size = path.stat().st_size if path.exists() else None
     if size != shard["bytes"]:
         problem = "missing" if size is None else f"{size} bytes of {shard['bytes']}"
-        raise DataError(
-            path.name, problem, _ANEW
-        )
+        raise DataError(path.name, problem, _ANEW)
     return path
 
 

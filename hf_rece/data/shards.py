@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,36 +82,34 @@ def write_shards(
         advance: told 1 for each bucket.
 
     Raises:
-        DataError: if the disk is full.
+        DiskFullError: if the disk is full.
     """
     tokens = kept.tokens
     for bucket in range(buckets.n_buckets):
-        paths = {name: shard_path(folder, name, bucket, buckets.n_buckets) for name in SPLITS}
-        if not _exist(paths.values()):
-            splits = _histories(buckets, bucket, kept, tokens, min_user).splits()
-            for name, path in paths.items():
-                write_shard(path, splits[name])
+        paths = [shard_path(folder, name, bucket, buckets.n_buckets) for name in SPLITS]
+        if not all(path.exists() for path in paths):
+            histories = _histories(buckets, bucket, kept, tokens, min_user)
+            write_splits(folder, bucket, buckets.n_buckets, histories)
         advance(1)
 
 
-def write_shard(path: Path, table: pa.Table) -> None:
-    """Write a shard.
+def write_splits(folder: Path, shard: int, n_shards: int, histories: Histories) -> None:
+    """Write the train, validation and test rows of a shard.
 
     Args:
-        path: as shard_path says.
-        table: user_id, item_ids and perhaps target_id.
+        folder: of the prepared log.
+        shard: from 0.
+        n_shards: of each split.
+        histories: of the shard's users, in ascending order.
 
     Raises:
-        DataError: if the disk is full.
+        DiskFullError: if the disk is full.
     """
-    with whole_file(path) as file:
-        pq.write_table(
-            table, file, row_group_size=_ROWS_A_GROUP, compression="zstd", use_dictionary=False
-        )
-
-
-def _exist(paths: Iterable[Path]) -> bool:
-    return all(path.exists() for path in paths)
+    for name, table in histories.splits().items():
+        with whole_file(shard_path(folder, name, shard, n_shards)) as file:
+            pq.write_table(
+                table, file, row_group_size=_ROWS_A_GROUP, compression="zstd", use_dictionary=False
+            )
 
 
 def _histories(

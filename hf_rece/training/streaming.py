@@ -10,6 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_rece.data.prepared import Row
 from hf_rece.data.stream import SequenceStream
@@ -45,6 +46,17 @@ class StreamedBatches(IterableDataset[Batch]):
         whole, rest = divmod(len(self.stream), self.batch_size)
         return whole + (rest > 0 and not self._drop_last)
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the rows hangs on, besides the number of processes."""
+        return {
+            "data": self.stream.info.description,
+            "shuffle": self.stream.shuffle,
+            "seed": self.stream.seed,
+            "buffer_size": self.stream.buffer_size,
+            "batch_size": self.batch_size,
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Take the order of an epoch from the next iteration on."""
         self.stream.set_epoch(epoch)
@@ -70,31 +82,69 @@ class StreamedBatches(IterableDataset[Batch]):
             yield self._collator([order[place] for place in range(start, end)])
 
 
-class LeaveTrainedEmpty(TrainerCallback):
-    """Tells a stream where training resumes."""
+class StreamProgress(TrainerCallback, ExportableState):
+    """Tells a stream where training resumes, and checkpoints what the order of its rows hangs on.
+
+    Args:
+        order: settings of the stream, of processes and of batches, by name.
+    """
+
+    def __init__(self, order: dict[str, Any] | None = None) -> None:
+        self.order = order or {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what is written into trainer_state.json."""
+        return {"args": {"order": self.order}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the batches empty that the checkpoint has been trained on."""
-        loader = kwargs.get("train_dataloader")
-        batches = getattr(loader, "dataset", None)
-        if isinstance(batches, StreamedBatches) and not args.ignore_data_skip:
-            steps = max(-(-len(batches) // args.gradient_accumulation_steps), 1)
-            epoch, step = divmod(state.global_step, steps)
-            batches.leave_empty(epoch, step * args.gradient_accumulation_steps)
+        """Leave the batches empty that the checkpoint has been trained on.
+
+        Raises:
+            ArgumentError: if its rows came in another order.
+        """
+        batches = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if not isinstance(batches, StreamedBatches):
+            return
+        before = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {})
+        self.order = {**batches.order, "world_size": args.world_size}
+        if args.ignore_data_skip:
+            return
+        if state.global_step:
+            _check_order(before.get("order", {}), self.order)
+        steps = max(-(-len(batches) // args.gradient_accumulation_steps), 1)
+        epoch, step = divmod(state.global_step, steps)
+        batches.leave_empty(epoch, step * args.gradient_accumulation_steps)
+
+
+def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:
+    other = [name for name, value in now.items() if before.get(name) != value]
+    if other:
+        shown = ", ".join(f"{name} {before.get(name)!r}" for name in other)
+        raise ArgumentError(
+            "resume_from_checkpoint",
+            {name: now[name] for name in other},
+            f"the rows of the epoch came in another order, with {shown}: some would be left out, "
+            "and others come twice",
+            "Resume with the same, or with ignore_data_skip from the beginning of the epoch",
+        )
 
 
 class StreamedTraining(Trainer):
-    """Trainer that takes a SequenceStream as train_dataset.
+    """Trainer that takes streams as train_dataset.
 
-    Every process reads its own part and every worker makes its own batches; Accelerate is not asked
-    to share them out, for which it would have each process read everything.
+    Of a SequenceStream every process reads its own part, and every worker makes its own batches.
+    Other streams are shared out by Accelerate, a shard or a batch to each process.
 
     Raises:
         ArgumentError: for a train_sampling_strategy that needs to know all rows.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        sharing = getattr(args, "accelerator_config", None)
+        if isinstance(kwargs.get("train_dataset"), IterableDataset) and sharing is not None:
+            # Or process 0 would join the batches of all, which differ in length, to send them out.
+            sharing.dispatch_batches = bool(sharing.dispatch_batches)
+        super().__init__(model=model, args=args, **kwargs)
         if not isinstance(self.train_dataset, SequenceStream):
             return
         strategy = self.args.train_sampling_strategy
@@ -105,7 +155,7 @@ class StreamedTraining(Trainer):
                 "a stream has an order of its own",
                 "Leave it out, or load the log into memory",
             )
-        self.add_callback(LeaveTrainedEmpty())
+        self.add_callback(StreamProgress())
 
     def get_train_dataloader(self) -> Any:
         """Return the training batches of this process."""

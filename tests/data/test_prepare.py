@@ -221,7 +221,9 @@ def test_unfinished_work_of_other_settings_is_thrown_away(files, tmp_path, monke
 def test_a_log_that_has_changed_is_not_taken_for_the_prepared_one(files, log, tmp_path):
     prepare_log(files, tmp_path / "out")
     log.head(500).write_parquet(tmp_path / "log" / "0.parquet")
-    with pytest.raises(DataError, match=r"prepared with other files. Pass another output_dir, or o"):
+    with pytest.raises(
+        DataError, match=r"prepared with other files. Pass another output_dir, or o"
+    ):
         prepare_log(files, tmp_path / "out")
     assert_same(prepare_log(files, tmp_path / "out", overwrite=True), files)
 
@@ -355,7 +357,9 @@ def test_an_empty_log_is_refused(log, tmp_path):
 def test_a_log_of_which_nothing_remains_is_refused(files, settings, message, tmp_path):
     if "n_shards" in settings:  # users with one interaction each
         for i in range(4):
-            change(tmp_path / "log" / f"{i}.parquet", user_id=pl.format(f"{i} {{}}", pl.row_index()))
+            change(
+                tmp_path / "log" / f"{i}.parquet", user_id=pl.format(f"{i} {{}}", pl.row_index())
+            )
     with pytest.raises(DataError, match=message):
         prepare_log(files, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -396,7 +400,7 @@ def test_a_full_disk_is_named_and_work_goes_on_when_there_is_space(
 
     with monkeypatch.context() as patch:
         patch.setattr(durable.os, "fsync", full)
-        with pytest.raises(DiskFullError, match="the disk is full .* goes on where it stopped"):
+        with pytest.raises(DiskFullError, match=r"the disk is full .* goes on where it stopped"):
             prepare_log(files, tmp_path / "out", n_shards=2)
     assert not list((tmp_path / "out").rglob("*.part"))
     assert hashes(prepare_log(files, tmp_path / "out", n_shards=2).path) == wanted

@@ -158,6 +158,25 @@ def test_resuming_reads_nothing_of_what_was_trained_on(prepared, tmp_path, monke
     assert len(groups) <= 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 8}, "'batch_size': 8.*with batch_size 6: some would be"),
+        ({"train": 5}, "'seed': 5.*with seed 0: some would be left out"),
+    ],
+)
+def test_rows_in_another_order_are_not_resumed(prepared, settings, message, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(prepared, tmp_path, **saving).train()
+    if "train" in settings:
+        stream = SequenceStream(prepared.split("train"), buffer_size=16, seed=settings["train"])
+        settings = {"train": stream}
+    resumed = make_trainer(prepared, tmp_path, **{**saving, "max_steps": 4}, **settings)
+    with pytest.raises(ArgumentError, match=message):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not resumed.seen
+
+
 def test_data_may_be_taken_from_the_start_on_resuming(prepared, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
     whole = make_trainer(prepared, tmp_path, **saving)
@@ -200,7 +219,11 @@ def findings(folder, world):
     metrics = {n: v for n, v in whole.evaluate().items() if "@" in n or n == "eval_loss"}
     resumed = make_trainer(prepared, Path(folder) / "run", **settings)
     resumed.train(resume_from_checkpoint=str(Path(folder) / "run" / "checkpoint-4"))
+    other = prepared.split("train").in_memory().to_iterable_dataset(num_shards=4)
+    foreign = make_trainer(prepared, Path(folder) / "run", other, max_steps=3)
+    foreign.train()
     return {
+        "seen_of_another_stream": foreign.seen,
         "seen": whole.seen,
         "seen_after": resumed.seen,
         "weights": weights(whole).double().sum().item(),
@@ -224,6 +247,9 @@ def test_two_processes_share_a_stream_and_resume_it(prepared, tmp_path):
     assert len(both) - len(split) == len(split) % 2
     assert {tuple(row) for row in both} == {tuple(row) for row in wanted}
     assert first["metrics"] == second["metrics"]
+    others = [flat(found["seen_of_another_stream"]) for found in (first, second)]
+    assert all(len(seen) == 3 * 6 for seen in others)
+    assert set(map(tuple, flat(others))) <= {tuple(row) for row in wanted}
     alone = make_trainer(prepared, tmp_path / "alone")
     model = RecommenderModel.from_pretrained(tmp_path / "run" / f"checkpoint-{2 * steps}")
     alone.model.load_state_dict(model.state_dict())
