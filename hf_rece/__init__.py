@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import open_prepared
 from hf_rece.data.splits import leave_one_out_split, temporal_split
+from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.lma import LMAEmbedding
@@ -92,6 +95,7 @@ __all__ = [
     "SASRecModel",
     "SCEConfig",
     "SampledSoftmaxConfig",
+    "SequenceStream",
     "StratifiedConfig",
     "__version__",
     "bce_loss",
@@ -104,7 +108,9 @@ __all__ = [
     "k_core_filter",
     "leave_one_out_split",
     "load_interactions",
+    "open_prepared",
     "plan_losses",
+    "prepare_log",
     "rece_loss",
     "recommendations_frame",
     "replace_output_head",

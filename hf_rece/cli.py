@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from hf_rece.data.prepare import prepare_log
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
@@ -40,7 +41,7 @@ from hf_rece.training.run import (
     DataArguments,
     ModelArguments,
     evaluate_recommender,
-    prepare_log,
+    load_splits,
     show_metrics,
     show_recommendations,
     train_recommender,
@@ -51,6 +52,7 @@ from hf_rece.training.trainer import RecommenderTrainer
 USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
 
   train      train a recommender on a log, or on an embedded synthetic one
+  prepare    turn a log larger than memory into a folder that train and evaluate read
   evaluate   rank the full catalogue for the test users of a log
   recommend  recommend next items for histories, or for a Parquet file of users
   index      build an approximate index of a recommender's items (needs hf_rece[ann])
@@ -102,6 +104,20 @@ class PretrainDefaults(LargeVocabTrainingArguments):
 
 
 @dataclass
+class PrepareArguments:
+    """Where a prepared log goes."""
+
+    output_dir: str = field(metadata={"help": "Folder: new, empty or a prepared log."})
+    n_shards: int | None = field(
+        default=None,
+        metadata={"help": "Files a split; more take less memory. None: by the size of the log."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a log prepared with other files or settings."}
+    )
+
+
+@dataclass
 class EvaluateArguments:
     """Which model to evaluate."""
 
@@ -137,11 +153,36 @@ def train(words: Sequence[str] | None = None) -> None:
     Console().print(f"Model saved in {training.output_dir}")
 
 
+def prepare(words: Sequence[str] | None = None) -> None:
+    """Turn a log that need not fit into memory into sequences on disk."""
+    data, where = parse((DataArguments, PrepareArguments), words, "prepare")
+    if data.train_file is None:
+        raise ArgumentError("train_file", None, "no log", "Pass files: 'logs/*.parquet'")
+    prepared = prepare_log(
+        data.train_file,
+        where.output_dir,
+        user_column=data.user_column,
+        item_column=data.item_column,
+        time_column=data.time_column,
+        separator=data.separator,
+        min_user_interactions=data.min_user_interactions,
+        min_item_interactions=data.min_item_interactions,
+        split=data.split,
+        quantile=data.test_quantile,
+        n_shards=where.n_shards,
+        overwrite=where.overwrite,
+        progress=True,
+    )
+    console = Console()
+    console.print(prepared.description, highlight=False)
+    console.print(f"Prepared in {where.output_dir}: hf-rece train --train_file {where.output_dir}")
+
+
 def evaluate(words: Sequence[str] | None = None) -> None:
     """Print the test metrics of a saved recommender on a log."""
     data, which = parse((DataArguments, EvaluateArguments), words, "evaluate")
     model = RecommenderModel.from_pretrained(which.model_name_or_path)
-    _, splits = prepare_log(data, model.tokenizer)
+    _, splits = load_splits(data, model.tokenizer)
     with TemporaryDirectory() as folder:  # Trainer makes its folder even where nothing is saved
         training = RecommenderTrainingArguments(
             output_dir=folder,
@@ -327,6 +368,7 @@ def _read(path: str) -> str:
 
 COMMANDS = {
     "train": train,
+    "prepare": prepare,
     "evaluate": evaluate,
     "recommend": recommend,
     "index": index,

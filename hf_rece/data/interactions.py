@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -64,13 +65,30 @@ def load_interactions(
     frame = _joined(parts, name)
     if frame.is_empty():
         raise DataError(name, "the log is empty", "Pass a log with at least one interaction")
-    _check_nulls(frame, name, columns)
-    frame = frame.with_columns(
+    return by_user_and_time(as_interactions(frame, name, columns))
+
+
+def as_interactions(
+    frame: pl.DataFrame, name: str, columns: Mapping[str, str], *, first_row: int = 0
+) -> pl.DataFrame:
+    """Return a table as load_interactions does, but in its own order.
+
+    Args:
+        frame: columns user_id, item_id, timestamp, with the values of the source.
+        name: of the source in messages.
+        columns: the source's names of the columns, by those.
+        first_row: row of the source that the table begins with.
+
+    Raises:
+        DataError: if a value is null, an id is neither integer nor string, or a time cannot be
+            read.
+    """
+    _check_nulls(frame, name, columns, first_row)
+    return frame.with_columns(
         _ids(frame, USER, name, columns[USER]),
         _ids(frame, ITEM, name, columns[ITEM]),
         _times(frame[TIME], name, columns[TIME]),
     )
-    return _by_user_and_time(frame)
 
 
 def k_core_filter(
@@ -139,7 +157,8 @@ def _joined(parts: list[pl.DataFrame], name: str) -> pl.DataFrame:
         ) from error
 
 
-def _by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
+def by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return interactions sorted by user, then time; of one user at one time, in their order."""
     # Two stable sorts by one number each take a quarter of the time of one sort by two columns.
     users = frame.select(pl.col(USER).unique().sort()).with_row_index("order")
     return (
@@ -150,7 +169,9 @@ def _by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> None:
+def _check_nulls(
+    frame: pl.DataFrame, name: str, columns: Mapping[str, str], first_row: int
+) -> None:
     for role, column in columns.items():
         values = frame[role]
         missing = (
@@ -160,7 +181,7 @@ def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> Non
             raise DataError(
                 f"{name}, column {column!r}",
                 f"{missing.sum()} of {len(frame)} values are missing, the first in row "
-                f"{missing.arg_true()[0]}",
+                f"{first_row + missing.arg_true()[0]}",
                 "Drop or fill these rows",
             )
 
@@ -192,12 +213,26 @@ def _times(values: pl.Series, name: str, column: str) -> pl.Series:
             numbers = values.cast(dtype, strict=False)
             if not numbers.is_null().any() and numbers.is_finite().all():
                 return numbers
-        try:
-            times = values.str.to_datetime(time_unit="us", time_zone="UTC")
-            return times.dt.epoch("us").alias(TIME)
-        except pl.exceptions.PolarsError as error:
-            raise _unreadable_time(values, name, column) from error
+        return written_dates(values, name, column)
     raise _unreadable_time(values, name, column)
+
+
+def written_dates(values: pl.Series, name: str, column: str) -> pl.Series:
+    """Return ISO 8601 strings as microseconds since 1970, int64.
+
+    Args:
+        values: strings.
+        name: of the source in messages.
+        column: of the source in messages.
+
+    Raises:
+        DataError: for strings that are no dates.
+    """
+    try:
+        times = values.str.to_datetime(time_unit="us", time_zone="UTC")
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable_time(values, name, column) from error
+    return times.dt.epoch("us").alias(TIME)
 
 
 def _unreadable_time(values: pl.Series, name: str, column: str) -> DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,11 +40,15 @@ class LogTable:
         name: what to call it in messages.
         columns: names of its columns.
         select: reads some of them.
+        scan: of files: what reads them piece by piece.
+        is_text: whether they are text files, in which integers are strings too.
     """
 
     name: str
     columns: Sequence[str]
     select: Callable[[list[str]], pl.DataFrame]
+    scan: pl.LazyFrame | None = None
+    is_text: bool = False
 
     def read(self, columns: Mapping[str, str]) -> pl.DataFrame:
         """Return columns under other names.
@@ -54,7 +59,7 @@ class LogTable:
         Raises:
             DataError: if the values cannot be read.
         """
-        with _readable(self.name):
+        with readable(self.name):
             frame = self.select(list(dict.fromkeys(columns.values())))
         return frame.select(pl.col(column).alias(role) for role, column in columns.items())
 
@@ -190,13 +195,13 @@ def _open_file(path: Path, separator: str | None) -> LogTable:
     def select(columns: list[str]) -> pl.DataFrame:
         return pl.DataFrame([_integers_if_written_so(values) for values in text.select(columns)])
 
-    return LogTable(text.name, text.columns, select)
+    return dataclasses.replace(text, select=select, is_text=True)
 
 
 def _open_frame(frame: pl.LazyFrame, name: str) -> LogTable:
-    with _readable(name):
+    with readable(name):
         columns = frame.collect_schema().names()
-    return LogTable(name, columns, lambda columns: frame.select(columns).collect())
+    return LogTable(name, columns, lambda columns: frame.select(columns).collect(), frame)
 
 
 def _open_dataset(dataset: Dataset | IterableDataset, name: str) -> LogTable:
@@ -227,7 +232,7 @@ def _integers_if_written_so(values: pl.Series) -> pl.Series:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn errors of reading into one message.
 
     Raises:
