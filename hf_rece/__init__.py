@@ -11,7 +11,14 @@ from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.lma import LMAEmbedding
-from hf_rece.errors import ArgumentError, DataError, HfReceError, HubError
+from hf_rece.errors import (
+    ArgumentError,
+    DataError,
+    HfReceError,
+    HubError,
+    NonfiniteError,
+    WriteError,
+)
 from hf_rece.head import (
     LargeVocabHead,
     find_head,
@@ -79,6 +86,7 @@ __all__ = [
     "LargeVocabSFTTrainer",
     "LargeVocabTrainer",
     "LargeVocabTrainingArguments",
+    "NonfiniteError",
     "RECEConfig",
     "RecommenderConfig",
     "RecommenderModel",
@@ -90,6 +98,7 @@ __all__ = [
     "SCEConfig",
     "SampledSoftmaxConfig",
     "StratifiedConfig",
+    "WriteError",
     "__version__",
     "bce_loss",
     "build_loss",

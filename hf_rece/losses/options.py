@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.estimates import Shape
+from hf_rece.losses.watching import current_watch
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
 from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
@@ -312,7 +313,10 @@ def _check_values(
                 "these classes are in excluded_ids",
                 f"Set them to ignore_index={ignore_index}, or take them out of excluded_ids",
             )
-    if bool(torch.isnan(states).any()):
+    watch = current_watch()
+    if watch is not None:
+        watch.note(states)
+    elif bool(torch.isnan(states).any()):
         raise ArgumentError(
             "hidden",
             "NaN",

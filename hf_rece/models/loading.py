@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
@@ -71,6 +72,42 @@ def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
             f"the model has vocab_size={vocab_size}, rows for {vocab_size - 1} items",
             "Pass the tokenizer that the model was trained with",
         )
+
+
+def check_shards(source: str, hub: Mapping[str, Any]) -> None:
+    """Check that the index of sharded weights, if there is one, names files beside it.
+
+    Raises:
+        DataError: if it is damaged, or names a file elsewhere: transformers would open that.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quiet, **hub)
+    problem = None if index is None else _problem_of_index(Path(index))
+    if problem is not None:
+        raise DataError(source, problem, "Do not use it, or save the model again")
+
+
+def problem_of_shards(folder: Path) -> str | None:
+    """Return what is wrong with the sharded weights in a folder, None if nothing."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return None
+    problem = _problem_of_index(index)
+    if problem is not None:
+        return problem
+    names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    return f"there is no {', '.join(missing)} in it" if missing else None
+
+
+def _problem_of_index(index: Path) -> str | None:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{index.name} is damaged"
+    # Symbolic links are fine: so the cache of the Hub stores files.
+    astray = sorted(str(name) for name in names if Path(str(name)).name != name)
+    return f"{index.name} names files elsewhere ({', '.join(astray[:3])})" if astray else None
 
 
 @contextmanager

@@ -21,13 +21,16 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import HubError
+from hf_rece.files import complete_files, make_folder, write_text
 from hf_rece.models.loading import (
     check_is_recommender,
+    check_shards,
     check_sizes,
     clear_loading_errors,
     hub_options,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 # What an earlier version may have left, and from_pretrained would read beside a later one.
 _REPLACED = ("model*.safetensors", "model.safetensors.index.json", "items.json")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
     "tags",
@@ -60,15 +64,26 @@ class PublishedRecommender(SparseCheckpoints):
     ) -> None:
         """Save config and weights, the tokenizer where the model has one, and a model card.
 
-        A README.md that somebody wrote or edited stays as it is, with a warning.
+        A README.md that somebody wrote or edited stays as it is, with a warning. A model that was
+        there before stays too until the new one is complete.
 
         Args:
             save_directory: folder; its name is the model's in the card.
             **kwargs: as PreTrainedModel's; with push_to_hub=True also those of push_to_hub.
+
+        Raises:
+            WriteError: if the disk is full or the folder cannot be written.
         """
         pushes = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
-        self._save_without_card(save_directory, **kwargs)
+        together = kwargs.get("distributed_checkpoint", False)
+        if together or not kwargs.get("is_main_process", True):
+            self._save_without_card(save_directory, **kwargs)
+        else:
+            stale = () if kwargs.get("variant") else WEIGHTS
+            folder = make_folder(save_directory)
+            with complete_files(folder, CONFIG_NAME, replaced=stale) as part:
+                self._save_without_card(part, **kwargs)
         if kwargs.get("is_main_process", True):
             self.write_model_card(save_directory)
             if pushes:
@@ -168,6 +183,7 @@ class PublishedRecommender(SparseCheckpoints):
         source, hub = str(pretrained_model_name_or_path), hub_options(kwargs)
         kwargs.setdefault("use_safetensors", True)
         with clear_loading_errors(source, hub):
+            check_shards(source, hub)
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
             model = super().from_pretrained(source, *args, **kwargs)
@@ -214,7 +230,7 @@ def fetch_card(
         there = hf_hub_download(repo_id, README, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return
-    here.write_text(Path(there).read_text("utf-8"), "utf-8")
+    write_text(here, Path(there).read_text("utf-8"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_rece.data.item_tokenizer import Item
 from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import complete_files, make_folder
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
 
@@ -165,11 +166,15 @@ class ItemIndex:
         return pad(best, missing, value=-torch.inf), pad(found, missing, value=-1)
 
     def save(self, folder: str | Path) -> None:
-        """Write the index and its settings into a folder, best that of the model."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        _faiss().write_index(self.index, str(Path(folder) / INDEX_FILE))
+        """Write the index and its settings into a folder, best that of the model.
+
+        Raises:
+            WriteError: if the disk is full or the folder cannot be written.
+        """
         text = json.dumps(asdict(self.settings), indent=1) + "\n"
-        (Path(folder) / SETTINGS_FILE).write_text(text, "utf-8")
+        with complete_files(make_folder(folder), SETTINGS_FILE) as part:
+            _faiss().write_index(self.index, str(part / INDEX_FILE))
+            (part / SETTINGS_FILE).write_text(text, "utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ItemIndex:

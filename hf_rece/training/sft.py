@@ -21,7 +21,9 @@ from hf_rece.errors import ArgumentError
 from hf_rece.head.outputs import TOKEN_FIELDS
 from hf_rece.head.replace import CALLS_ITS_CLASS, base_model
 from hf_rece.training.args import LargeVocabTrainingArguments
+from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.finite_steps import FiniteSteps
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.trainer import set_loss
 
@@ -53,7 +55,7 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
 
 
 class LargeVocabSFTTrainer(  # type: ignore[misc]
-    SparseGradients, ExactEvaluation, SFTTrainer
+    WholeCheckpoints, FiniteSteps, SparseGradients, ExactEvaluation, SFTTrainer
 ):
     """SFTTrainer whose loss never builds logits.
 

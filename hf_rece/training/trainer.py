@@ -20,12 +20,14 @@ from hf_rece.head import find_head, replace_output_head
 from hf_rece.head.replace import change_head_loss
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.finite_steps import FiniteSteps
 from hf_rece.training.record import RecordedRun
 from hf_rece.training.sparse_gradients import SparseGradients
 
 
-class LargeVocabTrainer(SparseGradients, ExactEvaluation):
+class LargeVocabTrainer(WholeCheckpoints, FiniteSteps, SparseGradients, ExactEvaluation):
     """Trainer that sets the training loss by name, for recommenders and language models.
 
     A RecommenderModel keeps the loss in its configuration. Of any other model the output layer is
