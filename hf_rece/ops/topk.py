@@ -13,6 +13,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 # A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
 # tile.
@@ -58,7 +59,12 @@ def streamed_topk(
     if k < 1:
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
-    best = [_best_of(search, queries, k) for queries in search.query_blocks()]
+
+    def scan(tile_bytes: int) -> list[tuple[Tensor, Tensor]]:
+        sized = replace(search, tile_bytes=tile_bytes)
+        return [_best_of(sized, queries, k) for queries in search.query_blocks()]
+
+    best = with_smaller_tiles(search.tile_bytes, scan)
     return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
 
 
@@ -106,6 +112,17 @@ def label_rank(
         own += bias[labels].to(search.dtype)
     # The error of an inner product is bounded by eps times the product of the norms.
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
+
+    def scan(tile_bytes: int) -> tuple[Tensor, Tensor]:
+        return _count_above(replace(search, tile_bytes=tile_bytes), labels, own, slack)
+
+    return with_smaller_tiles(search.tile_bytes, scan)
+
+
+def _count_above(
+    search: _Search, labels: Tensor, own: Tensor, slack: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what label_rank returns, of labels that score own +- slack, each (N,)."""
     greater = torch.zeros_like(labels)
     tied = torch.zeros_like(labels)
     for queries in search.query_blocks():

@@ -106,13 +106,13 @@ class FiniteSteps(Trainer):
 
     def _problem(self, model: nn.Module, weights: list[str]) -> str:
         losses, states, _ = self._n_bad
-        where = f" in {max(self._n_bad)} of {self.args.world_size} processes"
-        where = where if self.args.world_size > 1 else ""
+        n_processes = self.args.world_size
         if weights:
-            return f"the weights {_shown(weights)} are not finite{where}"
-        if states:
-            return f"the hidden states that the loss reads are not finite{where}; the weights are"
-        if losses:
+            return f"the weights {_shown(weights)} are not finite"
+        if losses or states:
+            where = f" in {states or losses} of {n_processes} processes" if n_processes > 1 else ""
+            if states:
+                return f"the hidden states that the loss reads are not finite{where}; weights are"
             return f"the loss is not finite{where}; its hidden states and the weights are"
         names = [name for name, weight in model.named_parameters() if weight.grad is not None]
         finite = [] if self._gradients is None else self._gradients.tolist()
@@ -128,13 +128,13 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     Args:
         parameters: of a model; their gradients may be sparse.
     """
-    norms = []
+    largest = []
     for parameter in parameters:
         if parameter.grad is not None:
             own = getattr(parameter.grad, "_local_tensor", parameter.grad)  # of a DTensor
             values = own._values() if own.is_sparse else own
-            norms.append(torch.linalg.vector_norm(values, dtype=torch.float32))
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite()
+            largest.append(torch.linalg.vector_norm(values, torch.inf))
+    return torch.stack([each.float().to(largest[0].device) for each in largest]).isfinite()
 
 
 def _whole(norm: Any) -> Any:
