@@ -12,14 +12,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
-from transformers.trainer import (
-    OPTIMIZER_NAME,
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
-    SCHEDULER_NAME,
-    TRAINER_STATE_NAME,
+    rotate_checkpoints,
+    sort_checkpoints,
 )
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_rece.card import README
 from hf_rece.errors import ArgumentError
@@ -50,7 +50,9 @@ class WholeCheckpoints(Trainer):
 
     _is_saving = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train as transformers.Trainer does.
 
         Raises:
@@ -68,12 +70,12 @@ class WholeCheckpoints(Trainer):
                     problem,
                     "Pass another, or True for the newest that is whole",
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_whole_checkpoint(self) -> str | bool:
         """Return the folder of one; True where there are none, for Trainer to say so."""
         folders = sort_checkpoints(str(self.args.output_dir))
-        problems = {}
+        problems: dict[str, str] = {}
         for folder in reversed(folders):
             problem = self._problem_of(Path(folder))
             if problem is None:
@@ -93,9 +95,11 @@ class WholeCheckpoints(Trainer):
     def _problem_of(self, checkpoint: Path) -> str | None:
         """Return what a checkpoint lacks to go on from, None if nothing."""
         needed = [TRAINER_STATE_NAME]
-        # FSDP and DeepSpeed have files of their own.
-        if not (self.args.save_only_model or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        has_own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not (has_own_files or self.args.save_only_model):
             needed += [OPTIMIZER_NAME, SCHEDULER_NAME]
+        if not has_own_files and not any(checkpoint.rglob("*.safetensors")):
+            needed.append(SAFE_WEIGHTS_NAME)
         missing = [name for name in needed if not (checkpoint / name).is_file()]
         if missing:
             return f"there is no {', '.join(missing)} in it"

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import warnings
 from typing import get_args
 
 import pytest
@@ -71,12 +70,10 @@ def test_a_step_that_runs_out_of_memory_once_counts_nothing_twice(
 
 
 def test_backward_begins_with_the_tiles_that_fitted_forward(inputs, monkeypatch):
-    n_products = products_of("cross_entropy", inputs)
     Products(monkeypatch, failing={1})
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="out of memory") as caught:
         step("cross_entropy", inputs)
     assert len(caught) == 1
-    assert n_products > 2
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

@@ -1,6 +1,7 @@
 """Steps with numbers that are not finite."""
 
 import json
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(data, value, tmp_path):
     assert trainer.state.global_step == len(seen) == 5
     changed = [
         any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        for before, after in zip(seen[:-1], seen[1:], strict=True)
+        for before, after in pairwise(seen)
     ]
     assert changed == [False, True, False, True]
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -113,7 +114,7 @@ def test_one_bad_micro_batch_skips_the_whole_step(data, tmp_path):
     trainer = break_batches(make_trainer(data, tmp_path, **settings), {1})
     trainer.train()
     assert trainer.skipped_steps == 1
-    assert [log["step"] for log in trainer.state.log_history if "skipped_steps" in log][0] == 1
+    assert next(log["step"] for log in trainer.state.log_history if "skipped_steps" in log) == 1
 
 
 def test_the_count_outlives_the_process(data, tmp_path):
