@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from safetensors import SafetensorError
 
 from hf_rece.errors import WriteError
 
-# What starts so is left out of what Trainer uploads.
-UNFINISHED = "_unfinished"
+# What starts by "_" is left out of what Trainer uploads.
+UNFINISHED, FINISHED = "_unfinished", "_finished"
+_NAMES = "_names.json"
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # safetensors and faiss write through libraries that know no errno; torch tells no reason at all.
@@ -28,9 +30,9 @@ def complete_files(
 ) -> Iterator[Path]:
     """Yield an empty folder; the files written there move into `folder` at the end, together.
 
-    Until the end nothing in `folder` changes, and nothing does if the body raises. Then a file
-    called `last`, by which the others are found, is taken away first and comes back last: whoever
-    is killed in between, by a power cut too, leaves nothing that looks whole and is not.
+    Until the end nothing in `folder` changes, and nothing does if the body raises or the process is
+    killed. A process that is killed while files move, by a power cut too, has written all of them:
+    finish_files moves the rest. Until then there is no file called `last`, by which they are found.
 
     Args:
         folder: an existing one.
@@ -44,12 +46,43 @@ def complete_files(
     part = folder / f"{UNFINISHED}-{last}"
     with clear_write_errors(folder / last):
         try:
+            finish_files(folder, last, replaced=replaced)
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             make_folder(part, parents=False)
             yield part
-            _move_files(part, folder, last, replaced)
+            names = [str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()]
+            (part / _NAMES).write_text(json.dumps(names), "utf-8")
+            sync_files(part)
+            part.rename(folder / f"{FINISHED}-{last}")
+            finish_files(folder, last, replaced=replaced)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def finish_files(folder: str | Path, last: str, *, replaced: Sequence[str] = ()) -> None:
+    """Move the files that a killed process had written and begun to move; mostly there are none.
+
+    Args:
+        folder: as complete_files takes it, and so on.
+        last: see there.
+        replaced: see there.
+    """
+    folder = Path(folder)
+    done = folder / f"{FINISHED}-{last}"
+    if (done / _NAMES).exists():
+        names = json.loads((done / _NAMES).read_text("utf-8"))
+        if len(names) > 1 and (done / last).exists():
+            (folder / last).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name not in names and any(fnmatch(path.name, each) for each in replaced):
+                path.unlink()
+        for name in sorted(names, key=lambda name: name == last):
+            if (done / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (done / name).replace(folder / name)
+        sync(folder)
+    if done.exists():
+        shutil.rmtree(done)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -131,21 +164,3 @@ def make_folder(path: str | Path, *, parents: bool = True) -> Path:
     except OSError as error:
         raise WriteError(path, f"cannot be written ({error.strerror})", "Check the path") from None
     return path
-
-
-def _move_files(part: Path, folder: Path, last: str, replaced: Sequence[str]) -> None:
-    sync_files(part)
-    new = sorted(path.relative_to(part) for path in part.rglob("*") if path.is_file())
-    stale = [
-        path
-        for path in folder.iterdir()
-        if Path(path.name) not in new and any(fnmatch(path.name, each) for each in replaced)
-    ]
-    if Path(last) in new and (len(new) > 1 or stale):
-        (folder / last).unlink(missing_ok=True)
-    for path in stale:
-        path.unlink()
-    for name in sorted(new, key=lambda name: name == Path(last)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (part / name).replace(folder / name)
-    sync(folder)

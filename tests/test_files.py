@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 from contextlib import suppress
@@ -11,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from hf_rece.errors import HfReceError, WriteError
-from hf_rece.files import clear_write_errors, complete_files, make_folder, write_text
+from hf_rece.files import (
+    clear_write_errors,
+    complete_files,
+    finish_files,
+    make_folder,
+    write_text,
+)
 
 
 def names(folder):
@@ -52,9 +59,9 @@ class Killed(BaseException):
     """What no code catches."""
 
 
-@pytest.mark.parametrize("dies_at", range(1, 6))
-def test_at_no_moment_do_old_and_new_files_look_like_one_whole(dies_at, tmp_path, monkeypatch):
-    for name in ("config", "weights", "items"):
+@pytest.mark.parametrize("dies_at", range(1, 10))
+def test_whoever_dies_while_files_move_has_written_all(dies_at, tmp_path, monkeypatch):
+    for name in ("config", "weights", "items", "old shard"):
         (tmp_path / name).write_text("old")
     steps = iter(range(1, 99))
 
@@ -66,16 +73,22 @@ def test_at_no_moment_do_old_and_new_files_look_like_one_whole(dies_at, tmp_path
 
         return counting
 
-    with suppress(Killed), complete_files(tmp_path, "config") as part:
+    stale = {"replaced": ("* shard",)}
+    with (
+        monkeypatch.context() as patch,
+        suppress(Killed),
+        complete_files(tmp_path, "config", **stale) as part,
+    ):
         for name in ("config", "weights", "items"):
             (part / name).write_text("new")
-        for name in ("replace", "unlink"):
-            path = type(tmp_path)
-            monkeypatch.setattr(path, name, counted(getattr(path, name)))
-    texts = {path.read_text() for path in tmp_path.iterdir()}
-    assert next(steps) == min(dies_at + 1, 5)
-    assert (tmp_path / "config").exists() == (dies_at in (1, 5))
-    assert not (tmp_path / "config").exists() or texts == {"old" if dies_at == 1 else "new"}
+        for owner, name in ((type(part), "replace"), (type(part), "unlink")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(shutil, "rmtree", counted(lambda path, **kwargs: None))
+    there = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert "config" not in there or set(there.values()) in ({"old"}, {"new"})
+    finish_files(tmp_path, "config", **stale)
+    assert names(tmp_path) == ["config", "items", "weights"]
+    assert all(path.read_text() == "new" for path in tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.sizes import check_sizes
 
 
 def as_backbone(
@@ -24,15 +31,21 @@ def as_backbone(
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for an architecture of transformers that is no decoder.
+        ArgumentError: for an unknown architecture, one of transformers that is no decoder, or sizes
+            that no model has.
     """
     if isinstance(backbone, dict):
         settings = dict(backbone)
         model_type = settings.pop("model_type", SASRecConfig.model_type)
-        known = model_type == SASRecConfig.model_type  # whether or not it is registered
-        config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
+        ours = model_type == SASRecConfig.model_type  # whether or not it is registered
+        if not ours and model_type not in CONFIG_MAPPING:
+            raise ArgumentError(
+                "backbone", model_type, "no such model_type", "Pass sasrec, gpt2, llama or qwen3"
+            )
+        config = SASRecConfig(**settings) if ours else AutoConfig.for_model(model_type, **settings)
     else:
         config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
+    check_sizes(config)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
     theirs = config.model_type in CONFIG_MAPPING_NAMES
     if theirs and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

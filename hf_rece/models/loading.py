@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -110,6 +111,28 @@ def _problem_of_index(index: Path) -> str | None:
     return f"{index.name} names files elsewhere ({', '.join(astray[:3])})" if astray else None
 
 
+def check_keys(source: str, info: Mapping[str, Any]) -> None:
+    """Check that a model took all weights of a file, and all of its own from it.
+
+    Args:
+        source: folder or Hub id.
+        info: what from_pretrained returns with output_loading_info.
+
+    Raises:
+        DataError: if some are left over, or were missing and made at random.
+    """
+    for key, problem in (("missing_keys", "lack"), ("unexpected_keys", "have besides")):
+        names = sorted(map(str, info.get(key) or ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise DataError(
+                source,
+                f"its weights do not fit its {CONFIG_NAME}: they {problem} "
+                f"{', '.join(names[:3])}{more}",
+                "Save the model again; with ignore_mismatched_sizes=True it is loaded all the same",
+            )
+
+
 @contextmanager
 def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
     """Turn errors of loading into one message that names the argument, its value and the fix.
@@ -120,7 +143,8 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
 
     Raises:
         ArgumentError: for a repository or revision that is not there or not to be read.
-        DataError: for weights that are damaged, or do not fit the configuration.
+        DataError: for weights that are damaged, or do not fit the configuration, and for a
+            configuration whose values are of other types.
     """
     try:
         yield
@@ -149,6 +173,10 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
                 "token=...",
             ) from error
         raise
+    except StrictDataclassError as error:
+        raise DataError(
+            source, f"its {CONFIG_NAME} cannot be used ({_first_line(error)})", "Save it again"
+        ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error) and "CONVERSION" not in str(error):
             raise

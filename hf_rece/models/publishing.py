@@ -27,9 +27,10 @@ from transformers.utils.hub import cached_file
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import HubError
-from hf_rece.files import complete_files, make_folder, write_text
+from hf_rece.files import complete_files, finish_files, make_folder, write_text
 from hf_rece.models.loading import (
     check_is_recommender,
+    check_keys,
     check_shards,
     check_sizes,
     clear_loading_errors,
@@ -182,17 +183,23 @@ class PublishedRecommender(SparseCheckpoints):
             return super().from_pretrained(None, *args, **kwargs)
         source, hub = str(pretrained_model_name_or_path), hub_options(kwargs)
         kwargs.setdefault("use_safetensors", True)
+        if Path(source).is_dir():
+            finish_files(source, CONFIG_NAME, replaced=WEIGHTS)
         with clear_loading_errors(source, hub):
             check_shards(source, hub)
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
-            model = super().from_pretrained(source, *args, **kwargs)
-            loaded = model[0] if isinstance(model, tuple) else model
+            wants_info = kwargs.pop("output_loading_info", False)
+            found: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            loaded, info = found
+            if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+                check_keys(source, info)
             items_file = ItemTokenizer.vocab_files_names["items_file"]
             if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
                 loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
-        return model
+        model: Self = loaded
+        return found if wants_info else model
 
 
 def _operations(

@@ -12,6 +12,7 @@ from hf_rece.embeddings.item_table import DenseTable, item_table_settings
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.models.backbone import as_backbone
+from hf_rece.models.sizes import check_size
 
 
 @strict
@@ -33,7 +34,7 @@ class RecommenderConfig(PreTrainedConfig):
 
     Raises:
         ArgumentError: for an unknown loss, knob, table or setting, a reduction other than "mean",
-            or a backbone that is no decoder.
+            a backbone that is no decoder, or sizes that no model has.
     """
 
     model_type = "hf_rece_recommender"
@@ -50,6 +51,7 @@ class RecommenderConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_size("vocab_size", self.vocab_size)
         self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
         table = item_table_settings(self.item_embedding)
         knobs = self.loss_kwargs or {}

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rece.errors import ArgumentError
+from hf_rece.models.sizes import check_sizes
 
 
 @strict
@@ -41,7 +42,8 @@ class SASRecConfig(PreTrainedConfig):
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: if heads do not divide the width, or hidden_act is unknown.
+        ArgumentError: if heads do not divide the width, hidden_act is unknown, or no model has such
+            sizes.
     """
 
     model_type = "hf_rece_sasrec"
@@ -63,6 +65,7 @@ class SASRecConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(self)
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(

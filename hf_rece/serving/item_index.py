@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_rece.data.item_tokenizer import Item
 from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError, DataError
-from hf_rece.files import complete_files, make_folder
+from hf_rece.files import complete_files, finish_files, make_folder
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
 
@@ -184,11 +184,16 @@ class ItemIndex:
             DataError: if there is none, or it cannot be read.
             ArgumentError: if faiss is not installed.
         """
-        faiss = _faiss()
+        faiss, folder = _faiss(), Path(folder)
+        # An index may say that its lists are in another file, anywhere.
+        flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
+        finish_files(folder, SETTINGS_FILE)
         try:
-            settings = json.loads((Path(folder) / SETTINGS_FILE).read_text("utf-8"))
-            index = faiss.read_index(str(Path(folder) / INDEX_FILE))
-            return cls(index, IndexSettings(**settings))
+            settings = IndexSettings(**json.loads((folder / SETTINGS_FILE).read_text("utf-8")))
+            index = faiss.read_index(str(folder / INDEX_FILE), flags)
+            if index.ntotal != settings.n_rows - 1 or not _is_served(index):
+                raise ValueError(f"{INDEX_FILE} and {SETTINGS_FILE} do not belong together")
+            return cls(index, settings)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
@@ -199,13 +204,8 @@ class ItemIndex:
         """Return this index with the least effort that reaches the recall, and its recall."""
         settings = asdict(self.settings)
         k = min(settings.pop("recall_k"), settings["n_rows"] - 1)
-        exact = streamed_topk(
-            terms.hidden,
-            terms.rows,
-            k,
-            bias=terms.bias,
-            excluded_ids=torch.zeros(1, dtype=torch.long, device=terms.hidden.device),
-        )[1]
+        hidden, padding = terms.hidden, torch.zeros(1).long().to(terms.hidden.device)
+        exact = streamed_topk(hidden, terms.rows, k, bias=terms.bias, excluded_ids=padding)[1]
         tune = torch.arange(len(exact)) % 2 == 0
         measure = ~tune if len(exact) > 1 else tune
         effort, most = (1, _most_effort(self.index)) if _most_effort(self.index) else (0, 0)
@@ -220,8 +220,7 @@ class ItemIndex:
 
     def _recall(self, terms: OutputTerms, exact: Tensor, chosen: Tensor, k: int) -> float:
         chosen = chosen.to(exact.device)
-        part = OutputTerms(terms.hidden[chosen], terms.rows, terms.bias)
-        found = self.search(part, k)[1]
+        found = self.search(OutputTerms(terms.hidden[chosen], terms.rows, terms.bias), k)[1]
         return float(_contained(exact[chosen], found).float().mean())
 
     def _parameters(self, selector: Any) -> Any:
@@ -263,6 +262,10 @@ def _default_factory(n_items: int) -> str:
     return f"IVF{2 ** round(math.log2(4 * math.sqrt(n_items)))},SQ8"
 
 
+def _is_served(index: Any) -> bool:
+    return isinstance(index, (_faiss().IndexIVF, _faiss().IndexHNSW, _faiss().IndexFlat))
+
+
 def _empty_index(factory: str, width: int) -> Any:
     faiss = _faiss()
     try:
@@ -271,7 +274,7 @@ def _empty_index(factory: str, width: int) -> Any:
         raise ArgumentError(
             "factory", factory, str(error).splitlines()[-1], "Pass IVF4096,SQ8 or HNSW32"
         ) from None
-    if not isinstance(index, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat)):
+    if not _is_served(index):
         raise ArgumentError(
             "factory",
             factory,
@@ -313,8 +316,7 @@ def _known_users(
         raise ArgumentError(
             "histories", len(histories), "none has a known item", "Pass histories of this catalogue"
         )
-    _, rows, bias = model.output_terms()
-    return OutputTerms(users, rows, bias)
+    return OutputTerms(users, *model.output_terms()[1:])
 
 
 def _vectors(terms: OutputTerms, ids: Tensor | slice, radius: float) -> NDArray[np.float32]:
@@ -338,10 +340,8 @@ def _queries(terms: OutputTerms) -> NDArray[np.float32]:
 
 def _with_bias(terms: OutputTerms, ids: Tensor | slice) -> Tensor:
     """Return rows (K, D), or (K, D + 1) with the bias in the last column."""
-    rows = terms.rows.rows(ids).detach().float()
-    if terms.bias is None:
-        return rows
-    return torch.cat([rows, terms.bias[ids].detach().float().unsqueeze(1)], dim=1)
+    rows, bias = terms.rows.rows(ids).detach().float(), terms.bias
+    return rows if bias is None else torch.cat([rows, bias[ids].detach().float()[:, None]], dim=1)
 
 
 def _points(columns: Tensor, last: Tensor) -> NDArray[np.float32]:
