@@ -17,7 +17,7 @@ from hf_rece.losses.checks import check_choice
 NONFINITE_LOSS = ("stop", "skip")
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own shows no token
 class LargeVocabTrainingArguments(TrainingArguments):
     """TrainingArguments with the training loss.
 
@@ -116,7 +116,7 @@ def json_object(argument: str, text: str) -> dict[str, Any]:
     return value
 
 
-@dataclass
+@dataclass(repr=False)
 class RecommenderTrainingArguments(LargeVocabTrainingArguments):
     """LargeVocabTrainingArguments with what next-item training and ranking need."""
 

@@ -19,6 +19,7 @@ from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_s
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.item_table import item_table_settings
 from hf_rece.errors import ArgumentError
+from hf_rece.files import write_text
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
@@ -185,7 +186,7 @@ def train_recommender(
     if trainer.is_world_process_zero():
         record = {"test": metrics, "most_popular": baseline}
         path = Path(str(training.output_dir)) / "metrics.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(path, json.dumps(record, indent=1) + "\n")
     trainer.save_model()  # which may push
     return TrainedRun(model, metrics, baseline, splits)
 

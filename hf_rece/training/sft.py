@@ -32,7 +32,7 @@ _OF_TRL = {"nll": "cross_entropy", "dft": "cross_entropy"}
 _LENGTHS = "row_lengths"
 
 
-@dataclass
+@dataclass(repr=False)
 class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
     """SFTConfig with the training loss and its knobs, as in LargeVocabTrainingArguments.
 
@@ -47,6 +47,8 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
             "gbce; or TRL's own nll (cross_entropy) and dft."
         },
     )
+
+    __repr__ = LargeVocabTrainingArguments.__repr__  # SFTConfig's shows the Hub's token
 
     @property
     def loss_of_head(self) -> str:
