@@ -55,6 +55,8 @@ class LargeVocabTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and _is_perplexity(self.metric_for_best_model):
             self.greater_is_better = False
         super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # Accelerate would take the last seed that anybody set
         # Pinned memory without an accelerator only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.loss_type is None and self.loss_kwargs:

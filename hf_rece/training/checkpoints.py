@@ -13,11 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    rotate_checkpoints,
-    sort_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -135,12 +131,18 @@ class WholeCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
-            rotate_checkpoints(
-                str(run),
-                self.args.save_total_limit,
-                self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._rotate(run)
+
+    def _rotate(self, run: Path) -> None:
+        """Delete old checkpoints as Trainer does, but none of them in part under its name."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        folders = sort_checkpoints(str(run), use_mtime=True)
+        protected = {folders[-1]} | ({str(Path(best))} if best else set())
+        old = [folder for folder in folders if folder not in protected]
+        if limit is not None and limit > 0:
+            for folder in old[: len(folders) - max(limit, len(protected))]:
+                Path(folder).rename(make_folder(run / UNFINISHED) / Path(folder).name)
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
     @contextmanager
     def _saving(self, folder: Path) -> Iterator[None]:

@@ -163,6 +163,7 @@ def train_recommender(
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=5))
+        training.restore_callback_states_from_checkpoint = True  # its count of epochs
     trainer = RecommenderTrainer(
         model,
         training,

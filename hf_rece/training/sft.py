@@ -24,6 +24,7 @@ from hf_rece.training.args import LargeVocabTrainingArguments
 from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.finite_steps import FiniteSteps
+from hf_rece.training.sample_order import SampleOrder
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.trainer import set_loss
 
@@ -57,7 +58,7 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
 
 
 class LargeVocabSFTTrainer(  # type: ignore[misc]
-    WholeCheckpoints, FiniteSteps, SparseGradients, ExactEvaluation, SFTTrainer
+    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation, SFTTrainer
 ):
     """SFTTrainer whose loss never builds logits.
 

@@ -24,10 +24,13 @@ from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.finite_steps import FiniteSteps
 from hf_rece.training.record import RecordedRun
+from hf_rece.training.sample_order import SampleOrder
 from hf_rece.training.sparse_gradients import SparseGradients
 
 
-class LargeVocabTrainer(WholeCheckpoints, FiniteSteps, SparseGradients, ExactEvaluation):
+class LargeVocabTrainer(
+    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation
+):
     """Trainer that sets the training loss by name, for recommenders and language models.
 
     A RecommenderModel keeps the loss in its configuration. Of any other model the output layer is

@@ -88,7 +88,7 @@ def digest(folder: Path) -> str:
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
         found.update(name.encode() + tensor.numpy().tobytes())
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        if (folder / name).exists():
+        if (folder / name).exists() or folder.name.startswith("checkpoint"):
             with torch.serialization.safe_globals(NUMPY):
                 found.update(repr(as_bytes(torch.load(folder / name, weights_only=True))).encode())
     found.update((folder / "items.json").read_bytes())
@@ -134,7 +134,7 @@ def kill_training(folder: Path, n_kills: int, draw: random.Random) -> dict[str, 
                 found["kills"] += 1
                 for path in run.glob("checkpoint-*"):
                     found["checkpoints"] += 1
-                    found["corrupt"] += not is_as(path, steps[path.name])
+                    found["corrupt"] += not is_as(path, steps.get(path.name, ""))
         except JobFailedError:
             found["runs_that_could_not_go_on"] += 1
             continue

@@ -68,6 +68,29 @@ def test_the_best_checkpoint_is_known_by_its_own_name(data, tmp_path):
     assert names(tmp_path) == ["checkpoint-6"]
 
 
+def test_a_run_resumed_from_its_last_step_makes_no_more(data, saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    trainer = make_trainer(data, folder, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert names(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert same_weights(trainer.model, saved[1])
+
+
+def test_no_checkpoint_is_deleted_in_part(data, tmp_path, monkeypatch):
+    trainer = make_trainer(data, tmp_path, **SAVING, save_total_limit=1)
+    delete, places = shutil.rmtree, set()
+
+    def noting(path, **kwargs):
+        places.add(Path(path).relative_to(tmp_path).parts[0])
+        delete(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    trainer.train()
+    assert places == {"_unfinished"}
+    assert names(tmp_path) == ["checkpoint-6"]
+
+
 # ----------------------------------------------------------------------------------------- damaged
 
 
