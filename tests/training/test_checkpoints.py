@@ -151,7 +151,8 @@ def test_where_there_is_none_trainer_says_so(data, tmp_path):
 def test_weights_elsewhere_are_not_read(data, saved, tmp_path):
     folder = copy_of(saved, tmp_path)
     checkpoint = folder / "checkpoint-6"
-    (checkpoint / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "../../elsewhere.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     trainer = make_trainer(data, folder, **SAVING)
