@@ -44,6 +44,7 @@ from hf_rece.losses import (
 )
 from hf_rece.losses.planning import plan_losses
 from hf_rece.models.auto import register_auto_classes
+from hf_rece.models.recommendation import recommendations_frame
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
@@ -52,6 +53,7 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.compare import compare_runs
     from hf_rece.training.row_adam import RowAdamW
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.sparsity import DynamicSparsityCallback
@@ -67,6 +69,7 @@ _LAZY = {
     "RecommenderTrainer": "hf_rece.training.trainer",
     "RecommenderTrainingArguments": "hf_rece.training.args",
     "RowAdamW": "hf_rece.training.row_adam",
+    "compare_runs": "hf_rece.training.compare",
 }
 
 __all__ = [
@@ -102,6 +105,7 @@ __all__ = [
     "__version__",
     "bce_loss",
     "build_loss",
+    "compare_runs",
     "cross_entropy_loss",
     "find_head",
     "gbce_loss",
@@ -111,6 +115,7 @@ __all__ = [
     "load_interactions",
     "plan_losses",
     "rece_loss",
+    "recommendations_frame",
     "replace_output_head",
     "restore_output_head",
     "sampled_softmax_loss",

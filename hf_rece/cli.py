@@ -28,6 +28,12 @@ from hf_rece.serving.jobs import (
     recommend_as_asked,
 )
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.compare import compare_runs
+from hf_rece.training.comparison_output import (
+    CompareArguments,
+    show_comparison,
+    write_comparison,
+)
 from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
 from hf_rece.training.pretrain import pretrain as pretrain_model
 from hf_rece.training.run import (
@@ -51,7 +57,9 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   export     write a recommender's encoder as .pt2 or .onnx (needs hf_rece[onnx])
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
+  compare    tabulate and plot finished runs: hf-rece compare RUN ... [--output comparison.png]
   plan       print what every loss would cost at a shape: memory, operations, candidates
+  demo       serve a page that recommends, and plans losses (needs hf_rece[demo])
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -209,6 +217,29 @@ def plan(words: Sequence[str] | None = None) -> None:
         Console().print(_table_of_plans(plans, arguments))
 
 
+def compare(words: Sequence[str] | None = None) -> None:
+    """Print finished runs side by side; plot them, or write them as data."""
+    runs = ("runs", "Folders that a training wrote, globs of them, or Hub ids.")
+    arguments, more = parse((CompareArguments,), words, "compare", positional=runs)
+    comparison = compare_runs(more.runs, arguments.metric)
+    show_comparison(comparison)
+    if arguments.output is not None:
+        write_comparison(comparison, arguments.output)
+        Console().print(f"Written to {arguments.output}", markup=False)
+
+
+def demo(words: Sequence[str] | None = None) -> None:
+    """Serve a page to look at: a model's recommendations, and the plan of the losses."""
+    try:
+        from hf_rece.serving import demo as room
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "demo", error.name, "not installed", 'Install it: pip install "hf_rece[demo]"'
+        ) from None
+    (arguments,) = parse((room.DemoArguments,), words, "demo")
+    room.serve_demo(arguments)
+
+
 def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Table:
     shape = f"N={arguments.tokens:,}, C={arguments.classes:,}, D={arguments.width}"
     table = Table(
@@ -232,13 +263,20 @@ def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Tabl
     return table
 
 
-def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
+def parse(
+    types: tuple[type, ...],
+    words: Sequence[str] | None,
+    command: str,
+    positional: tuple[str, str] | None = None,
+) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
     Args:
         types: dataclasses.
         words: command line without the program's name; sys.argv's if None.
         command: shown in the help.
+        positional: name and help of words without a flag, one or more; a Namespace at the end of
+            what is returned holds them.
 
     Raises:
         ArgumentError: for two YAML files, or a key that no dataclass has.
@@ -246,6 +284,9 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
     """
     words = list(sys.argv[1:] if words is None else words)
     parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
+    if positional is not None:
+        name, explanation = positional
+        parser.add_argument(name, nargs="+", help=explanation)
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ArgumentError("config", files, "more than one file", "Pass one of them")
@@ -290,7 +331,9 @@ COMMANDS = {
     "export": export,
     "pretrain": pretrain,
     "finetune": finetune,
+    "compare": compare,
     "plan": plan,
+    "demo": demo,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, get_args
 
 from torch import Tensor
@@ -287,8 +287,9 @@ def choose_sampled(config: Sampled, shape: Shape, tile_bytes: int | None = None)
         n_tokens, n_negatives = shape.n_tokens, config.n_negatives
         n_draws = max(1, shape.n_sequences) if config.shared_by == "sequence" else 1
         drawn = n_draws * n_negatives
+        is_binary = not isinstance(config, SampledSoftmaxConfig)
         return estimate(
-            shape,
+            replace(shape, is_native=shape.is_native and not is_binary),
             [Pairs(n_draws, -(-n_tokens // n_draws), n_negatives, has_drops=True)],
             tile,
             plan=4 * n_tokens + 8 * n_tokens + 8 * drawn,  # and labels; ids, log-weights
@@ -308,16 +309,17 @@ def _stream_negatives(
         sequence_ids, n_draws = problem.sequence_ids()
     shape = problem.cost_shape(config.memory_budget)
     tile_bytes = choose_sampled(config, shape, problem.options.tile_bytes).tile_bytes
-    negatives = draw_negatives(
-        problem.labels,
-        problem.rows.n_rows,
-        n_negatives=config.n_negatives,
-        sampler=config.sampler,
-        n_draws=n_draws,
-        logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
-        excluded_ids=problem.excluded_ids,
-        generator=problem.options.generator,
-    )
+    with problem.draws():
+        negatives = draw_negatives(
+            problem.labels,
+            problem.rows.n_rows,
+            n_negatives=config.n_negatives,
+            sampler=config.sampler,
+            n_draws=n_draws,
+            logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
+            excluded_ids=problem.excluded_ids,
+            generator=problem.options.generator,
+        )
     plan = sampled_plan(
         problem.labels,
         problem.rows.n_rows,

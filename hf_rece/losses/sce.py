@@ -132,7 +132,8 @@ def sce_loss(
     choice = choose_sce(config, problem.cost_shape(memory_budget), options.tile_bytes)
     knobs, n_tokens = choice.config, len(problem.labels)
     if directions is None:
-        directions = _directions(knobs, problem)
+        with problem.draws():
+            directions = _directions(knobs, problem)
     plan = sce_plan(
         problem.hidden,
         problem.rows,

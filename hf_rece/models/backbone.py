@@ -19,6 +19,9 @@ from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
 from hf_rece.models.sizes import check_sizes
 
+# In transformers' list of causal language models, but their plain forward sees the whole sequence.
+_BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
+
 
 def as_backbone(
     backbone: dict[str, Any] | PreTrainedConfig | None, vocab_size: int, pad_token_id: int | None
@@ -48,7 +51,9 @@ def as_backbone(
     check_sizes(config)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
     theirs = config.model_type in CONFIG_MAPPING_NAMES
-    if theirs and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sees_later = config.is_encoder_decoder or config.model_type in _BIDIRECTIONAL
+    if theirs and (sees_later or not is_decoder):
         raise ArgumentError(
             "backbone", config.model_type, "no decoder", "Pass sasrec, gpt2, llama, qwen3 or alike"
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -21,12 +22,13 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
+from torch import distributed
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.errors import HubError
+from hf_rece.errors import ArgumentError, HubError
 from hf_rece.files import complete_files, finish_files, make_folder, write_text
 from hf_rece.models.loading import (
     check_is_recommender,
@@ -38,7 +40,7 @@ from hf_rece.models.loading import (
 )
 from hf_rece.models.recommender_card import recommender_card
 from hf_rece.models.recommender_config import RecommenderConfig
-from hf_rece.models.sparse_checkpoint import SparseCheckpoints
+from hf_rece.models.sharded_checkpoint import ShardedCheckpoints, weight_files
 from hf_rece.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class PublishedRecommender(SparseCheckpoints):
+class PublishedRecommender(ShardedCheckpoints):
     """Base of RecommenderModel: saves and loads the tokenizer and a model card with the weights."""
 
     config: RecommenderConfig
@@ -75,6 +77,8 @@ class PublishedRecommender(SparseCheckpoints):
         Raises:
             WriteError: if the disk is full or the folder cannot be written.
         """
+        if self.vocab_shards is not None:
+            kwargs["is_main_process"] = self.vocab_shards.rank == 0
         pushes = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
         together = kwargs.get("distributed_checkpoint", False)
@@ -85,6 +89,8 @@ class PublishedRecommender(SparseCheckpoints):
             folder = make_folder(save_directory)
             with complete_files(folder, CONFIG_NAME, replaced=stale) as part:
                 self._save_without_card(part, **kwargs)
+        if self.vocab_shards is not None and self.vocab_shards.world_size > 1:
+            distributed.barrier(self.vocab_shards.group)  # all may read the files now
         if kwargs.get("is_main_process", True):
             self.write_model_card(save_directory)
             if pushes:
@@ -144,6 +150,9 @@ class PublishedRecommender(SparseCheckpoints):
         Raises:
             HubError: if the Hub refuses; then nothing is published.
         """
+        if self.vocab_shards is not None and self.vocab_shards.rank:
+            self._save_without_card("", is_main_process=False)  # sends its rows
+            return None
         api = HfApi(library_name="hf_rece", library_version=__version__, token=token)
         more = [tags] if isinstance(tags, str) else list(tags or [])
         with clear_upload_errors(repo_id), TemporaryDirectory() as folder:
@@ -172,7 +181,8 @@ class PublishedRecommender(SparseCheckpoints):
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *args: as PreTrainedModel's.
-            **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others.
+            **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others. With
+                vocab_parallel=True each process reads the rows of its classes alone.
 
         Raises:
             ArgumentError: if there is no such repository or revision, if it holds another model, or
@@ -190,7 +200,10 @@ class PublishedRecommender(SparseCheckpoints):
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
             wants_info = kwargs.pop("output_loading_info", False)
-            found: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            if kwargs.pop("vocab_parallel", False):
+                found: Any = cls._cut(source, kwargs, hub), {}
+            else:
+                found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
             loaded, info = found
             if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
                 check_keys(source, info)
@@ -200,6 +213,28 @@ class PublishedRecommender(SparseCheckpoints):
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
         model: Self = loaded
         return found if wants_info else model
+
+    @classmethod
+    def _cut(cls, source: str, given: Mapping[str, Any], hub: Mapping[str, Any]) -> Any:
+        """Load a model whose vocabulary is cut over processes, or a whole one where there is one.
+
+        Raises:
+            ArgumentError: for arguments that this way of loading does not know.
+        """
+        known = {"config", "dtype", "use_safetensors", *hub}
+        if unknown := sorted(given.keys() - known):
+            raise ArgumentError(
+                "vocab_parallel", True, f"does not go with {', '.join(unknown)}", "Leave them out"
+            )
+        config = given.get("config") or cls.config_class.from_pretrained(source, **hub)
+        model = cls(config, vocab_parallel=True)
+        if model.vocab_shards is None:
+            return super().from_pretrained(source, **given)
+        dtype = given.get("dtype") or config.dtype
+        if isinstance(dtype, torch.dtype):
+            model = model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        model.load_weights(source, weight_files(source, hub))
+        return model.eval()
 
 
 def _operations(

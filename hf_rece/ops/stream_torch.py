@@ -262,7 +262,7 @@ def backward(
     """
     shift = _shift(merged, plan)
     if winner is not None:
-        plan = _winners_only(plan, winner)
+        plan = winners_only(plan, winner)
     for tile in walk(plan, scores.rows.width):
         # A call of its own, so that nothing of a tile outlives it.
         _backward_tile(scores, plan, tile, shift, winner, grad, into)
@@ -294,7 +294,7 @@ def _shift(merged: Tensor, plan: Plan) -> Tensor:
     return shift
 
 
-def _winners_only(plan: Plan, winner: Tensor) -> Plan:
+def winners_only(plan: Plan, winner: Tensor) -> Plan:
     """Return the plan without the tokens of groups that lost: their gradient is zero."""
     grids, first_group = [], 0
     for grid in plan.grids:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,16 @@ from hf_rece.errors import ArgumentError, DataError
 from hf_rece.files import complete_files, finish_files, make_folder
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
+from hf_rece.serving.faiss_kinds import (
+    default_factory,
+    empty_index,
+    import_faiss,
+    is_served,
+    most_effort,
+)
 
 INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 
-_FLAT_BELOW = 100_000  # items: a scan of fewer is about as fast
 _ROWS_AT_ONCE = 65_536
 _TRAINING_ROWS_A_LIST = 64
 _FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
@@ -95,7 +100,7 @@ class ItemIndex:
     ) -> ItemIndex:
         """Return an index of the model's items; prints its recall@k against exact search.
 
-        The effort of a search is doubled until target_recall is reached on half of the histories;
+        The least effort of a search that reaches target_recall is found on half of the histories;
         the recall that is printed and kept is of the other half.
 
         Args:
@@ -119,7 +124,7 @@ class ItemIndex:
         random = np.random.default_rng(seed)
         terms = _known_users(model, histories, random)
         n_rows = terms.rows.n_rows
-        factory = factory or _default_factory(n_rows - 1)
+        factory = factory or default_factory(n_rows - 1)
         index = _filled(factory, terms, random)
         settings = IndexSettings(factory, 0, oversampling, 1.0, k, n_rows, _norms(terms))
         found = cls(index, settings)._tuned(terms, target_recall)
@@ -151,7 +156,7 @@ class ItemIndex:
         n_items = terms.rows.n_rows - 1
         n_candidates = min(max(self.settings.oversampling, 1) * k + n_seen, n_items)
         queries = _queries(terms)
-        _faiss().omp_set_num_threads(torch.get_num_threads())
+        import_faiss().omp_set_num_threads(torch.get_num_threads())
         parameters = self._parameters(_selected(n_items, excluded_ids, allowed_ids))
         _, places = self.index.search(queries, n_candidates, params=parameters)
         ids = torch.from_numpy(places).to(terms.hidden.device) + 1  # (N, n_candidates), 0 for none
@@ -173,7 +178,7 @@ class ItemIndex:
         """
         text = json.dumps(asdict(self.settings), indent=1) + "\n"
         with complete_files(make_folder(folder), SETTINGS_FILE) as part:
-            _faiss().write_index(self.index, str(part / INDEX_FILE))
+            import_faiss().write_index(self.index, str(part / INDEX_FILE))
             (part / SETTINGS_FILE).write_text(text, "utf-8")
 
     @classmethod
@@ -184,14 +189,14 @@ class ItemIndex:
             DataError: if there is none, or it cannot be read.
             ArgumentError: if faiss is not installed.
         """
-        faiss, folder = _faiss(), Path(folder)
+        faiss, folder = import_faiss(), Path(folder)
         # An index may say that its lists are in another file, anywhere.
         flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
         finish_files(folder, SETTINGS_FILE)
         try:
             settings = IndexSettings(**json.loads((folder / SETTINGS_FILE).read_text("utf-8")))
             index = faiss.read_index(str(folder / INDEX_FILE), flags)
-            if index.ntotal != settings.n_rows - 1 or not _is_served(index):
+            if index.ntotal != settings.n_rows - 1 or not is_served(index):
                 raise ValueError(f"{INDEX_FILE} and {SETTINGS_FILE} do not belong together")
             return cls(index, settings)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
@@ -204,18 +209,27 @@ class ItemIndex:
         """Return this index with the least effort that reaches the recall, and its recall."""
         settings = asdict(self.settings)
         k = min(settings.pop("recall_k"), settings["n_rows"] - 1)
-        hidden, padding = terms.hidden, torch.zeros(1).long().to(terms.hidden.device)
-        exact = streamed_topk(hidden, terms.rows, k, bias=terms.bias, excluded_ids=padding)[1]
+        padding = torch.zeros(1, dtype=torch.long, device=terms.hidden.device)
+        exact = streamed_topk(terms.hidden, terms.rows, k, bias=terms.bias, excluded_ids=padding)[1]
         tune = torch.arange(len(exact)) % 2 == 0
         measure = ~tune if len(exact) > 1 else tune
-        effort, most = (1, _most_effort(self.index)) if _most_effort(self.index) else (0, 0)
-        while True:
-            settings |= {"effort": effort, "recall": 1.0}
-            found = ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
-            if effort >= most or found._recall(terms, exact, tune, k) >= target_recall:
-                break
+
+        def at(effort: int) -> ItemIndex:
+            return ItemIndex(self.index, IndexSettings(**settings | {"effort": effort}, recall_k=k))
+
+        def suffices(effort: int) -> bool:
+            return at(effort)._recall(terms, exact, tune, k) >= target_recall
+
+        settings["recall"] = 1.0
+        effort, most = min(1, most_effort(self.index)), most_effort(self.index)
+        while effort < most and not suffices(effort):
             effort = min(2 * effort, most)
-        settings["recall"] = round(found._recall(terms, exact, measure, k), 4)
+        too_little = effort // 2
+        while effort - too_little > max(1, effort // 16):
+            middle = (effort + too_little) // 2
+            too_little, effort = (too_little, middle) if suffices(middle) else (middle, effort)
+        settings["effort"] = effort
+        settings["recall"] = round(at(effort)._recall(terms, exact, measure, k), 4)
         return ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
 
     def _recall(self, terms: OutputTerms, exact: Tensor, chosen: Tensor, k: int) -> float:
@@ -224,7 +238,7 @@ class ItemIndex:
         return float(_contained(exact[chosen], found).float().mean())
 
     def _parameters(self, selector: Any) -> Any:
-        faiss, effort = _faiss(), self.settings.effort
+        faiss, effort = import_faiss(), self.settings.effort
         chosen = {} if selector is None else {"sel": selector}
         if isinstance(self.index, faiss.IndexIVF):
             return faiss.SearchParametersIVF(nprobe=effort, **chosen)
@@ -246,50 +260,12 @@ class ItemIndex:
             )
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ArgumentError(
-            "index", "faiss", "not installed", 'Install it: pip install "hf_rece[ann]"'
-        ) from None
-    return faiss
-
-
-def _default_factory(n_items: int) -> str:
-    if n_items < _FLAT_BELOW:
-        return "Flat"
-    return f"IVF{2 ** round(math.log2(4 * math.sqrt(n_items)))},SQ8"
-
-
-def _is_served(index: Any) -> bool:
-    return isinstance(index, (_faiss().IndexIVF, _faiss().IndexHNSW, _faiss().IndexFlat))
-
-
-def _empty_index(factory: str, width: int) -> Any:
-    faiss = _faiss()
-    try:
-        index = faiss.index_factory(width, factory, faiss.METRIC_L2)
-    except RuntimeError as error:
-        raise ArgumentError(
-            "factory", factory, str(error).splitlines()[-1], "Pass IVF4096,SQ8 or HNSW32"
-        ) from None
-    if not _is_served(index):
-        raise ArgumentError(
-            "factory",
-            factory,
-            f"makes {type(index).__name__}, which is not served here",
-            "Pass IVF4096,SQ8 or HNSW32",
-        )
-    return index
-
-
 def _filled(factory: str, terms: OutputTerms, random: np.random.Generator) -> Any:
     """Return a new index, trained on a sample of the rows and filled with all."""
     n_rows = terms.rows.n_rows
     radius = max(float(_with_bias(terms, p).norm(dim=1).max()) for p in _slices(n_rows))
-    index = _empty_index(factory, _queries(terms).shape[1])
-    _faiss().omp_set_num_threads(torch.get_num_threads())
+    index = empty_index(factory, _queries(terms).shape[1])
+    import_faiss().omp_set_num_threads(torch.get_num_threads())
     if not index.is_trained:
         n_training = min(n_rows - 1, _TRAINING_ROWS_A_LIST * getattr(index, "nlist", 4096))
         sample = np.sort(random.choice(n_rows - 1, n_training, replace=False)) + 1
@@ -381,7 +357,7 @@ def _selected(n_items: int, excluded_ids: Tensor | None, allowed_ids: Tensor | N
     if allowed_ids is not None:
         chosen[allowed_ids.cpu().numpy()] = True
     chosen[excluded] = False
-    return _faiss().IDSelectorBitmap(np.packbits(chosen[1:], bitorder="little"))
+    return import_faiss().IDSelectorBitmap(np.packbits(chosen[1:], bitorder="little"))
 
 
 def _norms(terms: OutputTerms) -> list[float]:
@@ -390,11 +366,3 @@ def _norms(terms: OutputTerms) -> list[float]:
     ids = torch.linspace(1, n_rows - 1, min(_PROBED_ROWS, n_rows - 1)).long()
     norms = terms.rows.rows(ids.to(terms.hidden.device)).float().norm(dim=1)
     return [round(float(norm), 6) for norm in norms]
-
-
-def _most_effort(index: Any) -> int:
-    """Return the effort at which the index finds all that it can; 0 where there is no choice."""
-    faiss = _faiss()
-    if isinstance(index, faiss.IndexIVF):
-        return int(index.nlist)
-    return 4096 if isinstance(index, faiss.IndexHNSW) else 0

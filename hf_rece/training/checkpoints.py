@@ -94,7 +94,7 @@ class WholeCheckpoints(Trainer):
         has_own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not (has_own_files or self.args.save_only_model):
             needed += [OPTIMIZER_NAME, SCHEDULER_NAME]
-        if not has_own_files and not any(checkpoint.rglob("*.safetensors")):
+        if not has_own_files and not any(checkpoint.rglob("*model*.safetensors")):
             needed.append(SAFE_WEIGHTS_NAME)
         missing = [name for name in needed if not (checkpoint / name).is_file()]
         if missing:

@@ -45,17 +45,11 @@ class FiniteSteps(Trainer):
         states = finite if watch.finite is None else watch.finite.to(finite.device)
         both = torch.stack([finite, states])
         self._finite = both if self._finite is None else self._finite & both
+        if self.accelerator.sync_gradients:  # before clipping, which by NaN leaves NaN everywhere
+            self._gradients = finite_gradients(self.model.parameters())
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._gradients = finite_gradients(
-            model.parameters()
-        )  # clipping by NaN leaves NaN everywhere
-        return super()._clip_grad_norm(model)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            self._gradients = finite_gradients(model.parameters())
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm if self._is_finite(norm) else self._refuse(model)
 
@@ -134,7 +128,8 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
             own = getattr(parameter.grad, "_local_tensor", parameter.grad)  # of a DTensor
             values = own._values() if own.is_sparse else own
             largest.append(torch.linalg.vector_norm(values, torch.inf))
-    return torch.stack([each.float().to(largest[0].device) for each in largest]).isfinite()
+    numbers = [each.float().to(largest[0].device) for each in largest] or [torch.zeros(())]
+    return torch.stack(numbers).isfinite()
 
 
 def _whole(norm: Any) -> Any:

@@ -35,14 +35,23 @@ class DataArguments:
     """Where the log is, and how it is split."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "CSV, TSV or Parquet log. None: an embedded synthetic log."}
+        default=None, metadata={"help": "CSV, TSV, .inter or Parquet log. None: an embedded log."}
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id of a dataset that holds a log."}
     )
-    user_column: str = field(default="user_id", metadata={"help": "The log's column of user ids."})
-    item_column: str = field(default="item_id", metadata={"help": "The log's column of item ids."})
-    time_column: str = field(default="timestamp", metadata={"help": "The log's column of times."})
+    user_column: str | None = field(
+        default=None, metadata={"help": "The log's column of user ids. None: recognised."}
+    )
+    item_column: str | None = field(
+        default=None, metadata={"help": "The log's column of item ids. None: recognised."}
+    )
+    time_column: str | None = field(
+        default=None, metadata={"help": "The log's column of times. None: recognised."}
+    )
+    separator: str | None = field(
+        default=None, metadata={"help": "Character between columns. None: that of the ending."}
+    )
     min_user_interactions: int = field(
         default=3, metadata={"help": "Drop users with fewer interactions."}
     )
@@ -158,7 +167,7 @@ def train_recommender(
         tie_word_embeddings=model_arguments.tie_word_embeddings,
         item_embedding=cast("dict[str, Any] | None", model_arguments.item_embedding),
     )
-    model = RecommenderModel(config)
+    model = RecommenderModel(config, vocab_parallel=training.vocab_parallel)
     model.learn_item_tables(splits["train"])
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:
@@ -242,6 +251,7 @@ def _load(data: DataArguments) -> pl.DataFrame:
             user_column=data.user_column,
             item_column=data.item_column,
             time_column=data.time_column,
+            separator=data.separator,
         )
     return k_core_filter(
         interactions,

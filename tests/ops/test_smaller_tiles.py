@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_rece.losses import LossName, build_loss
-from hf_rece.ops import lsh, stream_torch, topk
+from hf_rece.ops import lsh, native, stream_torch, topk
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 TILE = 40_000
@@ -19,6 +19,11 @@ PRODUCTS = [
     (topk, "product"),
     (lsh, "product"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_native(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 class Products:
@@ -43,7 +48,7 @@ class Products:
 def step(name, inputs):
     torch.manual_seed(0)
     hidden, weight, labels = inputs(n_tokens=90, n_classes=900, width=6)
-    loss = build_loss(name, tile_bytes=TILE)(hidden, weight, labels)
+    loss = build_loss(name, tile_bytes=TILE, backend="torch")(hidden, weight, labels)
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
@@ -117,14 +122,14 @@ torch.set_num_threads(1)
 hidden = torch.randn(8192, 8, requires_grad=True)
 weight = torch.randn(60_000, 8, requires_grad=True)
 labels = torch.randint(60_000, (8192,))
-cross_entropy_loss(hidden, weight, labels, tile_bytes=2**20).backward()
+cross_entropy_loss(hidden, weight, labels, tile_bytes=2**20, backend="torch").backward()
 wanted = weight.grad.clone()
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 1300 * 2**20,) * 2)
 weight.grad = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    cross_entropy_loss(hidden, weight, labels, tile_bytes=2**30).backward()
+    cross_entropy_loss(hidden, weight, labels, tile_bytes=2**30, backend="torch").backward()
 assert ["out of memory" in str(w.message) for w in caught] == [True], caught
 torch.testing.assert_close(weight.grad, wanted)
 """

@@ -6,7 +6,7 @@ import torch
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError, DataError
-from hf_rece.serving import item_index
+from hf_rece.serving.faiss_kinds import default_factory
 from hf_rece.serving.item_index import ItemIndex
 
 pytest.importorskip("faiss")
@@ -147,5 +147,5 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
 
 
 def test_large_catalogues_get_an_inverted_file():
-    assert item_index._default_factory(1_000_000) == "IVF4096,SQ8"
-    assert item_index._default_factory(1000) == "Flat"
+    assert default_factory(1_000_000) == "IVF4096,SQ8"
+    assert default_factory(1000) == "Flat"
