@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.sizes import check_sizes
 
 # In transformers' list of causal language models, but their plain forward sees the whole sequence.
 _BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
@@ -27,8 +28,8 @@ def as_backbone(
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for what is no configuration, or an architecture of transformers that is no
-            decoder.
+        ArgumentError: for what is no configuration, an architecture of transformers that is no
+            decoder, or sizes that no model has.
     """
     if not isinstance(backbone, dict | PreTrainedConfig | None):
         raise ArgumentError(
@@ -43,6 +44,7 @@ def as_backbone(
         config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
     else:
         config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
+    check_sizes(config)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
     theirs = config.model_type in CONFIG_MAPPING_NAMES
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
