@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import open_prepared
 from hf_rece.data.splits import leave_one_out_split, temporal_split
+from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.lma import LMAEmbedding
@@ -37,6 +40,7 @@ from hf_rece.losses import (
 )
 from hf_rece.losses.planning import plan_losses
 from hf_rece.models.auto import register_auto_classes
+from hf_rece.models.recommendation import recommendations_frame
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
@@ -45,6 +49,7 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.compare import compare_runs
     from hf_rece.training.row_adam import RowAdamW
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.sparsity import DynamicSparsityCallback
@@ -60,6 +65,7 @@ _LAZY = {
     "RecommenderTrainer": "hf_rece.training.trainer",
     "RecommenderTrainingArguments": "hf_rece.training.args",
     "RowAdamW": "hf_rece.training.row_adam",
+    "compare_runs": "hf_rece.training.compare",
 }
 
 __all__ = [
@@ -89,10 +95,12 @@ __all__ = [
     "SASRecModel",
     "SCEConfig",
     "SampledSoftmaxConfig",
+    "SequenceStream",
     "StratifiedConfig",
     "__version__",
     "bce_loss",
     "build_loss",
+    "compare_runs",
     "cross_entropy_loss",
     "find_head",
     "gbce_loss",
@@ -100,8 +108,11 @@ __all__ = [
     "k_core_filter",
     "leave_one_out_split",
     "load_interactions",
+    "open_prepared",
     "plan_losses",
+    "prepare_log",
     "rece_loss",
+    "recommendations_frame",
     "replace_output_head",
     "restore_output_head",
     "sampled_softmax_loss",

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from hf_rece.data.prepare import prepare_log
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
@@ -28,13 +29,19 @@ from hf_rece.serving.jobs import (
     recommend_as_asked,
 )
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.compare import compare_runs
+from hf_rece.training.comparison_output import (
+    CompareArguments,
+    show_comparison,
+    write_comparison,
+)
 from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
 from hf_rece.training.pretrain import pretrain as pretrain_model
 from hf_rece.training.run import (
     DataArguments,
     ModelArguments,
     evaluate_recommender,
-    prepare_log,
+    load_splits,
     show_metrics,
     show_recommendations,
     train_recommender,
@@ -45,12 +52,14 @@ from hf_rece.training.trainer import RecommenderTrainer
 USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
 
   train      train a recommender on a log, or on an embedded synthetic one
+  prepare    turn a log larger than memory into a folder that train and evaluate read
   evaluate   rank the full catalogue for the test users of a log
   recommend  recommend next items for histories, or for a Parquet file of users
   index      build an approximate index of a recommender's items (needs hf_rece[ann])
   export     write a recommender's encoder as .pt2 or .onnx (needs hf_rece[onnx])
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
+  compare    tabulate and plot finished runs: hf-rece compare RUN ... [--output comparison.png]
   plan       print what every loss would cost at a shape: memory, operations, candidates
   demo       serve a page that recommends, and plans losses (needs hf_rece[demo])
 
@@ -95,6 +104,20 @@ class PretrainDefaults(LargeVocabTrainingArguments):
 
 
 @dataclass
+class PrepareArguments:
+    """Where a prepared log goes."""
+
+    output_dir: str = field(metadata={"help": "Folder: new, empty or a prepared log."})
+    n_shards: int | None = field(
+        default=None,
+        metadata={"help": "Files a split; more take less memory. None: by the size of the log."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a log prepared with other files or settings."}
+    )
+
+
+@dataclass
 class EvaluateArguments:
     """Which model to evaluate."""
 
@@ -130,11 +153,36 @@ def train(words: Sequence[str] | None = None) -> None:
     Console().print(f"Model saved in {training.output_dir}")
 
 
+def prepare(words: Sequence[str] | None = None) -> None:
+    """Turn a log that need not fit into memory into sequences on disk."""
+    data, where = parse((DataArguments, PrepareArguments), words, "prepare")
+    if data.train_file is None:
+        raise ArgumentError("train_file", None, "no log", "Pass files: 'logs/*.parquet'")
+    prepared = prepare_log(
+        data.train_file,
+        where.output_dir,
+        user_column=data.user_column,
+        item_column=data.item_column,
+        time_column=data.time_column,
+        separator=data.separator,
+        min_user_interactions=data.min_user_interactions,
+        min_item_interactions=data.min_item_interactions,
+        split=data.split,
+        quantile=data.test_quantile,
+        n_shards=where.n_shards,
+        overwrite=where.overwrite,
+        progress=True,
+    )
+    console = Console()
+    console.print(prepared.description, highlight=False)
+    console.print(f"Prepared in {where.output_dir}: hf-rece train --train_file {where.output_dir}")
+
+
 def evaluate(words: Sequence[str] | None = None) -> None:
     """Print the test metrics of a saved recommender on a log."""
     data, which = parse((DataArguments, EvaluateArguments), words, "evaluate")
     model = RecommenderModel.from_pretrained(which.model_name_or_path)
-    _, splits = prepare_log(data, model.tokenizer)
+    _, splits = load_splits(data, model.tokenizer)
     with TemporaryDirectory() as folder:  # Trainer makes its folder even where nothing is saved
         training = RecommenderTrainingArguments(
             output_dir=folder,
@@ -210,6 +258,17 @@ def plan(words: Sequence[str] | None = None) -> None:
         Console().print(_table_of_plans(plans, arguments))
 
 
+def compare(words: Sequence[str] | None = None) -> None:
+    """Print finished runs side by side; plot them, or write them as data."""
+    runs = ("runs", "Folders that a training wrote, globs of them, or Hub ids.")
+    arguments, more = parse((CompareArguments,), words, "compare", positional=runs)
+    comparison = compare_runs(more.runs, arguments.metric)
+    show_comparison(comparison)
+    if arguments.output is not None:
+        write_comparison(comparison, arguments.output)
+        Console().print(f"Written to {arguments.output}", markup=False)
+
+
 def demo(words: Sequence[str] | None = None) -> None:
     """Serve a page to look at: a model's recommendations, and the plan of the losses."""
     try:
@@ -245,13 +304,20 @@ def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Tabl
     return table
 
 
-def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
+def parse(
+    types: tuple[type, ...],
+    words: Sequence[str] | None,
+    command: str,
+    positional: tuple[str, str] | None = None,
+) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
     Args:
         types: dataclasses.
         words: command line without the program's name; sys.argv's if None.
         command: shown in the help.
+        positional: name and help of words without a flag, one or more; a Namespace at the end of
+            what is returned holds them.
 
     Raises:
         ArgumentError: for two YAML files, or a key that no dataclass has.
@@ -259,6 +325,9 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
     """
     words = list(sys.argv[1:] if words is None else words)
     parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
+    if positional is not None:
+        name, explanation = positional
+        parser.add_argument(name, nargs="+", help=explanation)
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ArgumentError("config", files, "more than one file", "Pass one of them")
@@ -266,7 +335,7 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
         words = [word for word in words if word not in files and word != "--config"]
         settings = _read_yaml(files[0])
         known = {item.name for each in types for item in fields(each)}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - known, key=str)
         if unknown:
             raise ArgumentError(
                 "config", unknown, "no such settings", f"hf-rece {command} --help lists them"
@@ -293,16 +362,20 @@ def _read(path: str) -> str:
         return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise DataError(path, "no such file", "Check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 text: {error}", "Save it as UTF-8") from None
 
 
 COMMANDS = {
     "train": train,
+    "prepare": prepare,
     "evaluate": evaluate,
     "recommend": recommend,
     "index": index,
     "export": export,
     "pretrain": pretrain,
     "finetune": finetune,
+    "compare": compare,
     "plan": plan,
     "demo": demo,
 }

@@ -48,6 +48,17 @@ def inputs():
     return make
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A small log, prepared in 7 shards: 70 users, 60 items."""
+    from hf_rece.data.prepare import prepare_log
+    from hf_rece.data.synthetic import generate_interactions
+
+    folder = tmp_path_factory.mktemp("prepared")
+    generate_interactions(70, 60).write_parquet(folder / "log.parquet")
+    return prepare_log(folder / "log.parquet", folder / "prepared", n_shards=7)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Return a Hub on this machine; huggingface_hub and transformers talk to it as `user`.

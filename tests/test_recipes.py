@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from hf_rece import cli, generate_interactions
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import open_prepared
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SCRIPTS = sorted(path for path in RECIPES.rglob("*.py") if path.stem != "environment")
@@ -120,3 +122,26 @@ def test_results_hold_no_path():
     for path in (RECIPES / "benchmarks" / "results").iterdir():
         if path.suffix.startswith(".json"):
             assert "/" not in path.read_text().replace("N/A", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
+def test_spark_writes_the_files_of_prepare_log(split, tmp_path):
+    pytest.importorskip("pyspark")
+    (tmp_path / "log").mkdir()
+    log = generate_interactions(200, 60).sort("timestamp", maintain_order=True)
+    for i, part in enumerate(log.iter_slices(600)):
+        part.write_parquet(tmp_path / "log" / f"{i}.parquet")
+    source = str(tmp_path / "log" / "*.parquet")
+    settings = {"min_user_interactions": 4, "min_item_interactions": 6, "n_shards": 3}
+    prepare_log(source, tmp_path / "ours", split=split, **settings)
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words += ["--train_file", source, "--output_dir", str(tmp_path / "sparks"), "--split", split]
+    run("sequential_recommendation/prepare_spark.py", *words)
+    open_prepared(tmp_path / "sparks").check()
+    for path in (tmp_path / "ours").rglob("*"):
+        if path.is_file() and path.name != "prepared.json":
+            same = tmp_path / "sparks" / path.relative_to(tmp_path / "ours")
+            assert path.read_bytes() == same.read_bytes()
+    manifests = [open_prepared(tmp_path / name).manifest for name in ("ours", "sparks")]
+    assert {**manifests[0], "asked_for": 0} == {**manifests[1], "asked_for": 0}

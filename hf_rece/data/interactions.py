@@ -3,64 +3,92 @@
 from __future__ import annotations
 
 import hashlib
-from glob import glob
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from hf_rece.data.log_sources import ITEM as ITEM
+from hf_rece.data.log_sources import TIME as TIME
+from hf_rece.data.log_sources import USER as USER
+from hf_rece.data.log_sources import find_columns, open_log
 from hf_rece.errors import ArgumentError, DataError
-
-USER, ITEM, TIME = "user_id", "item_id", "timestamp"
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t"}
 
 
 def load_interactions(
     source: Any,
     *,
-    user_column: str = USER,
-    item_column: str = ITEM,
-    time_column: str = TIME,
+    user_column: str | None = None,
+    item_column: str | None = None,
+    time_column: str | None = None,
     split: str = "train",
+    separator: str | None = None,
 ) -> pl.DataFrame:
     """Return a log as a table with columns user_id, item_id, timestamp.
 
     Rows are sorted by (user_id, timestamp); rows of one user at one time keep the source's order.
-    Users and items keep their own dtype, integer or string. A CSV or TSV column is integer if all
-    its ids are written as integers are: 007 is a string, or it would be the same item as 7.
+    Users and items keep their own dtype, integer or string. A column of a text file is integer if
+    all its ids are written as integers are: 007 is a string, or it would be the same item as 7.
+    Ratings and weights are not read: every row is an interaction.
+
+    Columns that are not named are recognised, case, "_" and "-" aside, and with or without the
+    types of RecBole (user_id:token); user_id, item_id and timestamp come first:
+
+        user: user_id, user, query_id, session_id, visitor_id, reviewer_id
+        item: item_id, item, movie_id, product_id, track_id, asin, parent_asin
+        time: timestamp, datetime, time, date, unix_review_time
 
     Args:
-        source: path of a CSV, TSV or Parquet file (or a glob of them, or a folder of Parquet
-            files), a list of such paths, a polars or pandas DataFrame, a datasets.Dataset, or the
-            Hub id of a dataset.
+        source: path of a CSV, TSV, RecBole (.inter) or Parquet file (or a glob of them, or a folder
+            of Parquet files), a Hub id, a datasets.Dataset or IterableDataset, a DatasetDict, a
+            polars DataFrame or LazyFrame, a pandas DataFrame, a pyarrow Table or what else speaks
+            Arrow's stream interface; or a list of these. Only the three columns are read, streams
+            in batches.
         user_column: the source's column of user ids.
         item_column: the source's column of item ids.
         time_column: the source's column of times: numbers, datetimes or ISO 8601 strings.
-        split: split to read of a Hub dataset.
+        split: split to read of a Hub dataset or a DatasetDict.
+        separator: one character between the columns of a text file. None: a comma in .csv, else a
+            tab.
 
     Raises:
-        DataError: if nothing can be read, a column is missing or of no use, a value is null, a time
-            cannot be read, or the log is empty.
+        ArgumentError: for a separator of several characters, or a split that is not there.
+        DataError: if nothing can be read, a column is missing, not recognised, ambiguous or of no
+            use, a value is null, a time cannot be read, or the log is empty.
     """
-    columns = {USER: user_column, ITEM: item_column, TIME: time_column}
-    frame, name = _read(source, split, [user_column, item_column, time_column])
-    for role, column in columns.items():
-        if column not in frame.columns:
-            raise DataError(
-                name,
-                f"there is no column {column!r}; the columns are {', '.join(frame.columns)}",
-                f"Name the right one with {role.split('_')[0].replace('timestamp', 'time')}_column",
-            )
-    frame = frame.select(pl.col(column).alias(role) for role, column in columns.items())
+    several = isinstance(source, (list, tuple)) and len(source) > 0
+    tables = [open_log(part, split, separator) for part in (source if several else [source])]
+    named = {USER: user_column, ITEM: item_column, TIME: time_column}
+    found = [find_columns(table, named) for table in tables]
+    parts = [table.read(columns) for table, columns in zip(tables, found, strict=True)]
+    name, columns = ", ".join(dict.fromkeys(table.name for table in tables)), found[0]
+    frame = _joined(parts, name)
     if frame.is_empty():
         raise DataError(name, "the log is empty", "Pass a log with at least one interaction")
-    _check_nulls(frame, name, columns)
-    frame = frame.with_columns(
-        _ids(frame, USER, name, user_column),
-        _ids(frame, ITEM, name, item_column),
-        _times(frame[TIME], name, time_column),
+    return by_user_and_time(as_interactions(frame, name, columns))
+
+
+def as_interactions(
+    frame: pl.DataFrame, name: str, columns: Mapping[str, str], *, first_row: int = 0
+) -> pl.DataFrame:
+    """Return a table as load_interactions does, but in its own order.
+
+    Args:
+        frame: columns user_id, item_id, timestamp, with the values of the source.
+        name: of the source in messages.
+        columns: the source's names of the columns, by those.
+        first_row: row of the source that the table begins with.
+
+    Raises:
+        DataError: if a value is null, an id is neither integer nor string, or a time cannot be
+            read.
+    """
+    _check_nulls(frame, name, columns, first_row)
+    return frame.with_columns(
+        _ids(frame, USER, name, columns[USER]),
+        _ids(frame, ITEM, name, columns[ITEM]),
+        _times(frame[TIME], name, columns[TIME]),
     )
-    return _by_user_and_time(frame)
 
 
 def k_core_filter(
@@ -114,95 +142,23 @@ def log_facts(interactions: pl.DataFrame) -> str:
     )
 
 
-def _read(source: Any, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:
-    """Return the table and what to call it in messages; columns are those of user, item, time."""
-    if isinstance(source, pl.DataFrame):
-        return source, "the DataFrame"
-    if isinstance(source, (str, Path)):
-        return _read_path(str(source), split, columns)
-    if isinstance(source, (list, tuple)) and source:
-        parts = [_read_path(str(path), split, columns) for path in source]
-        frames = [frame.select(c for c in frame.columns if c in columns) for frame, _ in parts]
-        try:
-            return pl.concat(frames, how="vertical_relaxed"), parts[0][1]
-        except pl.exceptions.PolarsError as error:
-            raise DataError(
-                ", ".join(name for _, name in parts),
-                f"the files do not fit together: {error}",
-                "Give all files the same columns, of the same types",
-            ) from error
-    if hasattr(source, "to_polars"):  # datasets.Dataset
-        return source.to_polars(), "the dataset"
-    if type(source).__module__.startswith("pandas"):
-        return pl.from_pandas(source), "the DataFrame"
-    raise DataError(
-        f"source of type {type(source).__name__}",
-        "cannot be read as a log",
-        "Pass a path, a polars or pandas DataFrame, a datasets.Dataset or a Hub id",
-    )
-
-
-def _read_path(source: str, split: str, columns: list[str]) -> tuple[pl.DataFrame, str]:
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in _SEPARATORS or suffix == ".parquet" or path.exists():
-        return _read_file(path, suffix, columns), path.name
-    if source.count("/") > 1 or path.is_absolute():
-        raise DataError(
-            path.name,
-            "not a file that can be read",
-            "Pass .csv, .tsv or .parquet, or a Hub dataset id",
-        )
-    from datasets import load_dataset  # heavy, and only Hub users need it
-
+def _joined(parts: list[pl.DataFrame], name: str) -> pl.DataFrame:
+    dated = [part[TIME].dtype.is_temporal() for part in parts]
     try:
-        frame: pl.DataFrame = load_dataset(source, split=split).to_polars()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            source,
-            f"neither a file nor a Hub dataset that can be read: {error}",
-            "Check the path, or the id and split",
-        ) from error
-    return frame, source
-
-
-def _read_file(path: Path, suffix: str, columns: list[str]) -> pl.DataFrame:
-    if not path.exists() and not glob(str(path), recursive=True):
-        raise DataError(path.name, "no such file", "Check the path")
-    if path.is_dir() and not any(path.rglob("*.parquet")):
-        raise DataError(path.name, "no Parquet file is in this folder", "Pass the file itself")
-    try:
-        if suffix == ".parquet":
-            return pl.read_parquet(path)
-        if path.is_dir():
-            return pl.read_parquet(path / "**/*.parquet")
-        if suffix in _SEPARATORS:
-            return _read_csv(path, _SEPARATORS[suffix], columns)
-    except pl.exceptions.NoDataError as error:
-        raise DataError(path.name, "the file is empty", "Pass a file with a header") from error
+        # Polars would make a date the number of its day.
+        if any(dated) and not all(dated):
+            raise pl.exceptions.SchemaError("times are dates in some, and not in others")
+        return pl.concat(parts, how="vertical_relaxed")
     except pl.exceptions.PolarsError as error:
         raise DataError(
-            path.name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
+            name,
+            f"the parts do not fit together: {error}",
+            "Give the columns of all of them the same types",
         ) from error
-    raise DataError(path.name, "not a file that can be read", "Pass .csv, .tsv or .parquet")
 
 
-def _read_csv(path: Path, separator: str, columns: list[str]) -> pl.DataFrame:
-    # As text: guessing types takes ten times as long, and takes 007 for 7.
-    table = pl.scan_csv(path, separator=separator, infer_schema=False)
-    if not set(columns) <= set(table.collect_schema().names()):
-        return table.head(1).collect()  # enough to say which columns there are
-    frame = table.select(*dict.fromkeys(columns)).collect()
-    ids = dict.fromkeys(columns[:2])
-    return frame.with_columns(_integers_if_written_so(frame[column]) for column in ids)
-
-
-def _integers_if_written_so(values: pl.Series) -> pl.Series:
-    numbers = values.cast(pl.Int64, strict=False)
-    return numbers if numbers.cast(pl.String).equals(values) else values
-
-
-def _by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
+def by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return interactions sorted by user, then time; of one user at one time, in their order."""
     # Two stable sorts by one number each take a quarter of the time of one sort by two columns.
     users = frame.select(pl.col(USER).unique().sort()).with_row_index("order")
     return (
@@ -213,7 +169,9 @@ def _by_user_and_time(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> None:
+def _check_nulls(
+    frame: pl.DataFrame, name: str, columns: Mapping[str, str], first_row: int
+) -> None:
     for role, column in columns.items():
         values = frame[role]
         missing = (
@@ -223,7 +181,7 @@ def _check_nulls(frame: pl.DataFrame, name: str, columns: dict[str, str]) -> Non
             raise DataError(
                 f"{name}, column {column!r}",
                 f"{missing.sum()} of {len(frame)} values are missing, the first in row "
-                f"{missing.arg_true()[0]}",
+                f"{first_row + missing.arg_true()[0]}",
                 "Drop or fill these rows",
             )
 
@@ -234,7 +192,8 @@ def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
         return values
     if values.dtype in (pl.Categorical, pl.Enum):
         return values.cast(pl.String)
-    if values.dtype.is_float() and (values == values.round()).all():
+    # Beyond 2**53, floats are whole but not all integers: neighbouring ids would be one.
+    if values.dtype.is_float() and ((values == values.round()) & (values.abs() < 2**53)).all():
         return values.cast(pl.Int64)
     raise DataError(
         f"{name}, column {column!r}",
@@ -254,12 +213,26 @@ def _times(values: pl.Series, name: str, column: str) -> pl.Series:
             numbers = values.cast(dtype, strict=False)
             if not numbers.is_null().any() and numbers.is_finite().all():
                 return numbers
-        try:
-            times = values.str.to_datetime(time_unit="us", time_zone="UTC")
-            return times.dt.epoch("us").alias(TIME)
-        except pl.exceptions.PolarsError as error:
-            raise _unreadable_time(values, name, column) from error
+        return written_dates(values, name, column)
     raise _unreadable_time(values, name, column)
+
+
+def written_dates(values: pl.Series, name: str, column: str) -> pl.Series:
+    """Return ISO 8601 strings as microseconds since 1970, int64.
+
+    Args:
+        values: strings.
+        name: of the source in messages.
+        column: of the source in messages.
+
+    Raises:
+        DataError: for strings that are no dates.
+    """
+    try:
+        times = values.str.to_datetime(time_unit="us", time_zone="UTC")
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable_time(values, name, column) from error
+    return times.dt.epoch("us").alias(TIME)
 
 
 def _unreadable_time(values: pl.Series, name: str, column: str) -> DataError:

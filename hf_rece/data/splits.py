@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 from datasets import Dataset, DatasetDict, DatasetInfo
 
@@ -34,8 +36,7 @@ def leave_one_out_split(interactions: pl.DataFrame, tokenizer: ItemTokenizer) ->
     held_out = sequences.filter(pl.col(HISTORY).list.len() >= 3)
     short = sequences.filter(pl.col(HISTORY).list.len() == 2)
     train = pl.concat([_without_last(held_out, 2), short], how="vertical_relaxed")
-    protocol = "leave-one-out split, each user's last item for test, the one before for validation"
-    return _splits(train, held_out, f"{protocol}; {log_facts(interactions)}")
+    return _splits(train, held_out, f"{split_protocol(None)}; {log_facts(interactions)}")
 
 
 def temporal_split(
@@ -63,18 +64,31 @@ def temporal_split(
     Reference:
         The protocol of arXiv 2408.02354 and 2409.18721.
     """
-    if not 0 < quantile < 1:
-        raise ArgumentError("quantile", quantile, "out of range", "Pass a number such as 0.95")
-    point = interactions[TIME].quantile(quantile, "lower")
+    check_quantile(quantile)
+    # Series.quantile answers in float64, which nanoseconds do not fit.
+    n_before = math.floor((len(interactions) - 1) * quantile)
+    point = interactions[TIME].sort().head(n_before + 1).max()
     late = interactions.group_by(USER).agg((pl.col(TIME).max() > point).alias("late"))
     sequences = _sequences(interactions, tokenizer).join(late, on=USER, maintain_order="left")
     held_out = sequences.filter("late", pl.col(HISTORY).list.len() >= 3).drop("late")
     train = sequences.filter(~pl.col("late"), pl.col(HISTORY).list.len() >= 2).drop("late")
-    protocol = (
+    return _splits(train, held_out, f"{split_protocol(quantile)}; {log_facts(interactions)}")
+
+
+def check_quantile(quantile: float) -> None:
+    """Raise ArgumentError unless quantile is between 0 and 1."""
+    if not 0 < quantile < 1:
+        raise ArgumentError("quantile", quantile, "out of range", "Pass a number such as 0.95")
+
+
+def split_protocol(quantile: float | None) -> str:
+    """Return in words how a temporal split holds out users, or leave-one-out for None."""
+    if quantile is None:
+        return "leave-one-out split, each user's last item for test, the one before for validation"
+    return (
         f"temporal split, users active after the {quantile:g} quantile of all times held out, "
         "their last item for test, the one before for validation"
     )
-    return _splits(train, held_out, f"{protocol}; {log_facts(interactions)}")
 
 
 def _sequences(interactions: pl.DataFrame, tokenizer: ItemTokenizer) -> pl.DataFrame:

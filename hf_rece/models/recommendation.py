@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import polars as pl
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from hf_rece.data.interactions import ITEM, USER
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.errors import ArgumentError
 
@@ -110,3 +113,33 @@ def named_recommendations(
     n_found = sum(token >= 0 for token in ids)
     items = tokenizer.convert_ids_to_items(ids[:n_found])
     return [Recommendation(*pair) for pair in zip(items, scores[:n_found], strict=True)]
+
+
+def recommendations_frame(
+    users: Sequence[Any], answers: Sequence[Sequence[Recommendation]]
+) -> pl.DataFrame:
+    """Return what recommend answered as a table, in the columns and order of RecTools.
+
+    Args:
+        users: an id for each answer.
+        answers: as RecommenderModel.recommend returns them.
+
+    Returns:
+        user_id, item_id, score (float64), rank (int64, from 1): best first, users in their order.
+
+    Raises:
+        ArgumentError: if there are not as many users as answers.
+    """
+    if len(users) != len(answers):
+        raise ArgumentError(
+            "users", f"{len(users)} users", f"there are {len(answers)} answers", "Pass one for each"
+        )
+    found = [
+        (place, each.item, each.score, rank)
+        for place, answer in enumerate(answers)
+        for rank, each in enumerate(answer, start=1)
+    ]
+    schema = {"place": pl.Int64, ITEM: None, "score": pl.Float64, "rank": pl.Int64}
+    table = pl.DataFrame(found, schema=schema, orient="row", infer_schema_length=None)
+    of_rows = pl.Series(USER, users).gather(table["place"])
+    return table.select(of_rows, ITEM, "score", "rank")

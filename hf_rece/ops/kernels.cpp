@@ -276,10 +276,14 @@ struct Block {
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Vec z = (load(line + i) + bias) * p.scale;
       if (p.softcap > 0) {
-        // tanh(x) = 1 - 2 / (exp(2x) + 1); beyond 20 it is 1.
+        // tanh(x) = 1 - 2 / (exp(2x) + 1), which cancels near zero; beyond 20 it is 1.
         Vec x = z / p.softcap;
         x = x > 20.0f ? all(20.0f) : x;
-        const Vec tanh = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+        const Vec far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+        const Vec s = x * x;
+        const Vec series = -17.0f / 315 + s * (62.0f / 2835);
+        const Vec near = x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * series)));
+        const Vec tanh = s < 0.04f ? near : far;
         store(&slope[j * kTokens + i], 1.0f - tanh * tanh);
         z = tanh * p.softcap;
       }

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_rece.ops import native
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
+from hf_rece.ops.shards import ShardedRows
 
 _LANE = 32
 
@@ -69,7 +70,12 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
         vectors: K rows of width D.
         directions: (B, D); a vector's bucket is argmax over b of <directions[b], vector>.
         tile_bytes: bytes of one tile of inner products.
+
+    Each process hashes its own shard of ShardedRows, and is told the buckets of the others.
     """
+    if isinstance(vectors, ShardedRows):
+        own = buckets(vectors.local, directions, tile_bytes)
+        return vectors.shards.join(own, vectors.shards.sizes)
     n_buckets = len(directions)
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     if type(vectors) is DenseRows and native.serves(vectors.weight, directions):

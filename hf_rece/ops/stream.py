@@ -224,7 +224,9 @@ class _Stream(torch.autograd.Function):
         into = Gradients(
             hidden=gradient_buffer(hidden) if wants_hidden else None,
             rows=gradient_buffers(tensors, wants_rows),
-            bias=gradient_buffer(bias) if wants_bias else None,
+            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
+            if wants_bias
+            else None,
         )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
         with torch.autocast(hidden.device.type, enabled=False):

@@ -171,7 +171,8 @@ def _mean_logit(exponentials: Tensor, top: Tensor, total: Tensor, tile: Tile) ->
     if tile.token_log_weight is not None:
         mean -= tile.token_log_weight
     if tile.class_log_weight is not None:
-        mean -= torch.linalg.vecdot(exponentials, tile.class_log_weight.unsqueeze(1)) / total
+        weights = tile.class_log_weight.to(exponentials.dtype).unsqueeze(1)
+        mean -= torch.linalg.vecdot(exponentials, weights) / total
     return mean.masked_fill_(total == 0, 0)
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import native
+from hf_rece.ops.best_of import BestOf
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.shards import ShardedRows, VocabShards
 
-# A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
-# tile.
-_SPARSE_SHARE = 1 / 16
 _QUERIES = 256
 # A first threshold from a sample spares the hits that later classes push out again.
 _SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
@@ -36,6 +35,9 @@ def streamed_topk(
     tile_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k classes with the largest scores <h, w> + b of each hidden state, best first.
+
+    Over ShardedRows every process asks for the same hidden states and gets the same answer, by two
+    messages whatever the data; bias is the process's own part.
 
     Args:
         hidden: (N, D) floating point.
@@ -61,7 +63,20 @@ def streamed_topk(
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
     best = [_best_of(search, queries, k) for queries in search.query_blocks()]
-    return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    scores, ids = torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    return (scores, ids) if search.shards is None else _best_of_all(scores, ids, search.shards)
+
+
+def _best_of_all(scores: Tensor, ids: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
+    """Return the best of all processes' scores (N, k), and their classes (N, k)."""
+    sizes, k = [len(scores)] * shards.world_size, scores.shape[1]
+    ids = torch.where(ids < 0, ids, ids + shards.first)
+    # (W N, k) -> (N, W k)
+    every, classes = (
+        torch.cat(shards.join(part, sizes).split(len(scores)), dim=1) for part in (scores, ids)
+    )
+    best, place = every.topk(k, dim=1)
+    return best, classes.gather(1, place)
 
 
 def label_rank(
@@ -77,7 +92,8 @@ def label_rank(
     """Count the classes that are scored above each label, and those tied with it.
 
     The label's rank is `greater + 1` when nothing is tied. Scores closer than the rounding error of
-    their inner products count as tied, so that equal rows tie whatever tile they fall in.
+    their inner products count as tied, so that equal rows tie whatever tile they fall in. Over
+    ShardedRows as streamed_topk.
 
     Args:
         hidden: (N, D) floating point.
@@ -100,12 +116,15 @@ def label_rank(
         O(N) plus one tile.
     """
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, None, tile_bytes)
-    _check_ids("labels", labels, search.rows.n_rows, padding=False)
-    own_rows = search.rows.rows(labels).to(search.dtype)
+    rows: OutputRows = as_output_rows(weight)
+    _check_ids("labels", labels, rows.n_rows, padding=False)
+    own_rows = rows.rows(labels).to(search.dtype)
     states = hidden.to(search.dtype)
     own = torch.linalg.vecdot(states, own_rows)
     if bias is not None:
-        own += bias[labels].to(search.dtype)
+        own += _of_labels(bias, labels, search.shards).to(search.dtype)
+    if search.shards is not None:
+        labels = search.shards.localise(labels, -1)
     # The error of an inner product is bounded by eps times the product of the norms.
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
     greater = torch.zeros_like(labels)
@@ -120,15 +139,26 @@ def label_rank(
             n_above = (tile > above).sum(1)
             greater[queries] += n_above
             tied[queries] += (tile >= below).sum(1) - n_above
+    if search.shards is not None:
+        greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
     return greater, tied
+
+
+def _of_labels(bias: Tensor, labels: Tensor, shards: VocabShards | None) -> Tensor:
+    """Return the bias (N,) of each label."""
+    if shards is None:
+        return bias[labels]
+    own = bias[shards.localise(labels, 0)]
+    return shards.sum(own.masked_fill(~shards.is_local(labels), 0))
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Everything that a scan over the classes needs, checked."""
+    """Everything that a scan over the classes needs, checked; of a shard, with its own ids."""
 
     hidden: Tensor
     rows: OutputRows
+    shards: VocabShards | None
     bias: Tensor | None
     excluded_ids: Tensor | None
     seen_ids: Tensor | None
@@ -147,7 +177,7 @@ class _Search:
         allowed_ids: Tensor | None,
         tile_bytes: int | None,
     ) -> _Search:
-        rows = as_output_rows(weight)
+        rows: OutputRows = as_output_rows(weight)
         if hidden.dim() != 2 or hidden.shape[1] != rows.width:
             raise ArgumentError(
                 "hidden",
@@ -169,7 +199,15 @@ class _Search:
             _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
         budget = resolve_tile_bytes(tile_bytes, hidden.device)
         dtype = accumulation_dtype(hidden.dtype)
-        return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
+        shards = None
+        if isinstance(rows, ShardedRows):
+            shards, rows = rows.shards, rows.local
+            seen_ids = None if seen_ids is None else shards.localise(seen_ids, -1)
+            excluded_ids, allowed_ids = (
+                None if ids is None else ids[shards.is_local(ids)] - shards.first
+                for ids in (excluded_ids, allowed_ids)
+            )
+        return cls(hidden, rows, shards, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
     def query_blocks(self) -> Iterator[slice]:
         """Yield the hidden states in blocks: few, so that a tile spans many classes."""
@@ -183,7 +221,7 @@ class _Search:
         width = self.rows.width
         n_queries = queries.stop - queries.start
         step = max(self.tile_bytes // (4 * (n_queries + width)), MIN_TILE_SIDE)
-        step += -step % 8  # see _places
+        step += -step % 8  # see best_of.py
         hidden = self.hidden[queries].to(self.dtype)
         for start in range(0, n_classes, step):
             columns = slice(start, min(start + step, n_classes))
@@ -270,7 +308,8 @@ def _best_of(search: _Search, queries: slice, k: int) -> tuple[Tensor, Tensor]:
     for threshold in (search.likely_threshold(queries, k), None):
         hits = None if threshold is None else search.native_hits(queries, k, threshold)
         if hits is None:
-            best = _BestOf.make(k, search, queries, threshold)
+            states = search.hidden[queries].to(search.dtype)
+            best = BestOf.none((len(states), k), states, threshold)
             for classes, tile in search.tiles(queries):
                 best.add(classes, tile)
             scores, ids = best.sorted()
@@ -302,88 +341,6 @@ def serves_search(n_queries: int, n_classes: int, k: int, tile_bytes: int) -> bo
     stride, rank = _sampling(n_classes, k)
     pays = rank * _WORTH_SAMPLING <= n_classes // stride
     return pays and n_queries * hit_capacity(n_classes, k) * _HIT_BYTES <= 2 * tile_bytes
-
-
-@dataclass
-class _BestOf:
-    """The k best classes of a block of n queries so far, and later hits not yet sorted in.
-
-    Hits are collected and folded k at a time: a fold costs as much as a scan of many tiles.
-    """
-
-    scores: Tensor  # (n, k)
-    ids: Tensor  # (n, k)
-    threshold: Tensor  # (n, 1): only larger scores can still enter
-    pending: list[tuple[Tensor, Tensor]]
-    n_pending: int = 0
-
-    @classmethod
-    def make(cls, k: int, search: _Search, queries: slice, threshold: Tensor | None) -> _BestOf:
-        shape = (queries.stop - queries.start, k)
-        device = search.hidden.device
-        scores = torch.full(shape, -torch.inf, dtype=search.dtype, device=device)
-        ids = torch.full(shape, -1, dtype=torch.long, device=device)
-        return cls(scores, ids, scores[:, :1].clone() if threshold is None else threshold, [])
-
-    def add(self, classes: Tensor, tile: Tensor) -> None:
-        """Take note of the tile's scores (n, m) of the classes (m,)."""
-        mask = tile > self.threshold
-        n_hits = int(mask.count_nonzero())
-        if n_hits == 0:
-            return
-        k = self.scores.shape[1]
-        if n_hits > _SPARSE_SHARE * tile.numel():
-            scores, place = tile.topk(min(k, tile.shape[1]), dim=1, sorted=False)
-            ids = classes[place].masked_fill_(scores == -torch.inf, -1)
-        else:
-            scores, ids = _gather_hits(tile, classes, *_places(mask))
-        self.pending.append((scores, ids))
-        self.n_pending += scores.shape[1]
-        if self.n_pending >= k:
-            self._fold()
-
-    def _fold(self) -> None:
-        scores = torch.cat([self.scores, *(scores for scores, _ in self.pending)], dim=1)
-        ids = torch.cat([self.ids, *(ids for _, ids in self.pending)], dim=1)
-        self.scores, place = scores.topk(self.scores.shape[1], dim=1, sorted=False)
-        self.ids = ids.gather(1, place)
-        self.threshold = torch.maximum(self.threshold, self.scores.amin(1, keepdim=True))
-        self.pending, self.n_pending = [], 0
-
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Return scores (n, k) and class ids (n, k), best first."""
-        if self.pending:
-            self._fold()
-        scores, order = self.scores.sort(dim=1, descending=True)
-        return scores, self.ids.gather(1, order)
-
-
-def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row and column of each True in a contiguous (n, m) mask, in order."""
-    if mask.numel() % 8:
-        row, column = mask.nonzero().unbind(1)
-        return row, column
-    # Hits are rare: eight entries are looked at as one integer.
-    eights = mask.view(-1, 8)
-    hit = eights.view(torch.int64).view(-1).nonzero()[:, 0]
-    inner = eights[hit].nonzero()
-    place = hit[inner[:, 0]] * 8 + inner[:, 1]
-    return place // mask.shape[1], place % mask.shape[1]
-
-
-def _gather_hits(
-    tile: Tensor, classes: Tensor, row: Tensor, column: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the hits of each row of the tile side by side, padded with (-inf, -1)."""
-    n_hits = torch.bincount(row, minlength=len(tile))
-    first = n_hits.cumsum(0) - n_hits
-    place = torch.arange(len(row), device=row.device) - first[row]
-    width = int(n_hits.max())
-    scores = tile.new_full((len(tile), width), -torch.inf)
-    ids = torch.full((len(tile), width), -1, dtype=torch.long, device=tile.device)
-    scores[row, place] = tile[row, column]
-    ids[row, place] = classes[column]
-    return scores, ids
 
 
 def _check_ids(name: str, ids: Tensor, n_classes: int, *, padding: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
+from hf_rece.serving.index_settings import IndexSettings, read_settings
 
 INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 
@@ -31,29 +32,6 @@ _FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
 _RANDOM_USERS, _RANDOM_ITEMS = 500, 10
 _PROBED_ROWS = 16
 _NORM_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """What is kept beside an index.
-
-    Args:
-        factory: the index in faiss's own notation.
-        effort: lists probed of an IVF index, or efSearch of HNSW; 0 for a scan.
-        oversampling: candidates fetched for each item wanted, then scored exactly.
-        recall: share of the exact top k that was found.
-        recall_k: the k of recall.
-        n_rows: C of the model.
-        norms: of a few item vectors, by which an index of other weights is told.
-    """
-
-    factory: str
-    effort: int
-    oversampling: int
-    recall: float
-    recall_k: int
-    n_rows: int
-    norms: list[float]
 
 
 class ItemIndex:
@@ -181,9 +159,9 @@ class ItemIndex:
         """
         faiss = _faiss()
         try:
-            settings = json.loads((Path(folder) / SETTINGS_FILE).read_text("utf-8"))
+            settings = read_settings(Path(folder) / SETTINGS_FILE)
             index = faiss.read_index(str(Path(folder) / INDEX_FILE))
-            return cls(index, IndexSettings(**settings))
+            return cls(index, settings)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
@@ -234,9 +212,9 @@ class ItemIndex:
 
     def _check(self, terms: OutputTerms) -> None:
         settings = self.settings
-        same = terms.rows.n_rows == settings.n_rows and np.allclose(
-            _norms(terms), settings.norms, rtol=_NORM_TOLERANCE
-        )
+        norms = _norms(terms)
+        same = terms.rows.n_rows == settings.n_rows and len(norms) == len(settings.norms)
+        same = same and np.allclose(norms, settings.norms, rtol=_NORM_TOLERANCE)
         if not same:
             raise ArgumentError(
                 "index",

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import polars as pl
-from datasets import DatasetDict
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, EarlyStoppingCallback, PreTrainedConfig, set_seed
 
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.data.prepared import is_prepared, open_prepared
 from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_split
+from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.item_table import item_table_settings
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
@@ -27,6 +30,7 @@ from hf_rece.training.sparsity import SparsityArguments
 from hf_rece.training.trainer import RecommenderTrainer, most_popular_metrics
 
 Metrics = dict[str, float]
+_USERS_FOR_CODES = 1_000_000
 
 
 @dataclass
@@ -34,14 +38,27 @@ class DataArguments:
     """Where the log is, and how it is split."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "CSV, TSV or Parquet log. None: an embedded synthetic log."}
+        default=None,
+        metadata={
+            "help": "CSV, TSV, .inter or Parquet log, or a folder that hf-rece prepare made, which "
+            "is filtered and split already. None: an embedded log."
+        },
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id of a dataset that holds a log."}
     )
-    user_column: str = field(default="user_id", metadata={"help": "The log's column of user ids."})
-    item_column: str = field(default="item_id", metadata={"help": "The log's column of item ids."})
-    time_column: str = field(default="timestamp", metadata={"help": "The log's column of times."})
+    user_column: str | None = field(
+        default=None, metadata={"help": "The log's column of user ids. None: recognised."}
+    )
+    item_column: str | None = field(
+        default=None, metadata={"help": "The log's column of item ids. None: recognised."}
+    )
+    time_column: str | None = field(
+        default=None, metadata={"help": "The log's column of times. None: recognised."}
+    )
+    separator: str | None = field(
+        default=None, metadata={"help": "Character between columns. None: that of the ending."}
+    )
     min_user_interactions: int = field(
         default=3, metadata={"help": "Drop users with fewer interactions."}
     )
@@ -53,6 +70,12 @@ class DataArguments:
     )
     test_quantile: float = field(
         default=0.95, metadata={"help": "temporal: users active after this quantile are held out."}
+    )
+    eval_users: int | None = field(
+        default=None,
+        metadata={
+            "help": "Users of a prepared log to validate and to test on; a fair sample. None: all."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -107,13 +130,13 @@ class TrainedRun:
     model: RecommenderModel
     metrics: Metrics
     baseline: Metrics
-    splits: DatasetDict
+    splits: Mapping[str, Any]
 
 
-def prepare_log(
+def load_splits(
     data: DataArguments, tokenizer: ItemTokenizer | None = None
-) -> tuple[ItemTokenizer, DatasetDict]:
-    """Read the log, filter it, split it.
+) -> tuple[ItemTokenizer, Mapping[str, Any]]:
+    """Read the log, filter it, split it; or open a prepared one, whose train split is a stream.
 
     Args:
         data: which log, and how to split it.
@@ -122,6 +145,8 @@ def prepare_log(
     Raises:
         DataError: for a log that cannot be used, or has items that the tokenizer does not know.
     """
+    if data.train_file is not None and is_prepared(data.train_file):
+        return _open_splits(data.train_file, data.eval_users, tokenizer)
     interactions = _load(data)
     if tokenizer is None:
         tokenizer = ItemTokenizer.from_interactions(interactions)
@@ -150,15 +175,19 @@ def train_recommender(
     """
     set_seed(training.seed)
     callbacks = [] if sparsity is None else sparsity.callbacks()
-    tokenizer, splits = prepare_log(data)
+    tokenizer, splits = load_splits(data)
+    if isinstance(splits["train"], SequenceStream):
+        splits["train"].shuffle = training.train_sampling_strategy != "sequential"
+        splits["train"].seed = training.seed if training.data_seed is None else training.data_seed
     config = RecommenderConfig(
         backbone=_backbone(model_arguments, training.max_length),
         vocab_size=len(tokenizer),
         tie_word_embeddings=model_arguments.tie_word_embeddings,
         item_embedding=cast("dict[str, Any] | None", model_arguments.item_embedding),
     )
-    model = RecommenderModel(config)
-    model.learn_item_tables(splits["train"])
+    model = RecommenderModel(config, vocab_parallel=training.vocab_parallel)
+    if model_arguments.item_embedding is not None:
+        model.learn_item_tables(_in_memory(splits["train"]))
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=5))
@@ -190,7 +219,7 @@ def train_recommender(
     return TrainedRun(model, metrics, baseline, splits)
 
 
-def evaluate_recommender(trainer: RecommenderTrainer, splits: DatasetDict) -> Metrics:
+def evaluate_recommender(trainer: RecommenderTrainer, splits: Mapping[str, Any]) -> Metrics:
     """Return loss and ranking metrics on the test part."""
     raw = trainer.evaluate(splits["test"], metric_key_prefix="test")
     wanted = {name.removeprefix("test_"): value for name, value in raw.items()}
@@ -230,6 +259,31 @@ def show_recommendations(run: TrainedRun, n_users: int = 3, k: int = 5) -> None:
     Console().print(table)
 
 
+def _open_splits(
+    folder: str, eval_users: int | None, tokenizer: ItemTokenizer | None
+) -> tuple[ItemTokenizer, Mapping[str, Any]]:
+    """Return the tokenizer and the splits of a prepared log."""
+    prepared = open_prepared(folder)
+    if tokenizer is not None and tokenizer.items != prepared.tokenizer.items:
+        raise DataError(
+            folder,
+            "its items are not those of the model, or in another order",
+            "Pass the prepared log that the model was trained on, or the log itself",
+        )
+    splits: dict[str, Any] = {"train": SequenceStream(prepared.split("train"))}
+    for name in ("validation", "test"):
+        split = prepared.split(name)
+        splits[name] = split if eval_users is None else split.head(eval_users)
+    return prepared.tokenizer, splits
+
+
+def _in_memory(train: Dataset | SequenceStream) -> Dataset:
+    """Return training rows to learn codes of: of a stream as many as a large sample has."""
+    if not isinstance(train, SequenceStream):
+        return train
+    return train.split.head(_USERS_FOR_CODES).in_memory()
+
+
 def _load(data: DataArguments) -> pl.DataFrame:
     source = data.train_file or data.dataset_name
     if source is None:
@@ -240,6 +294,7 @@ def _load(data: DataArguments) -> pl.DataFrame:
             user_column=data.user_column,
             item_column=data.item_column,
             time_column=data.time_column,
+            separator=data.separator,
         )
     return k_core_filter(
         interactions,

@@ -10,11 +10,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from hf_rece.data.collator import SequenceCollator
+from hf_rece.data.prepared import PreparedSplit
 from hf_rece.data.splits import HISTORY, TARGET
+from hf_rece.data.stream import SequenceStream
 from hf_rece.errors import ArgumentError
 from hf_rece.head import find_head, replace_output_head
 from hf_rece.head.replace import change_head_loss
@@ -23,6 +26,8 @@ from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTraini
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.record import RecordedRun
 from hf_rece.training.sparse_gradients import SparseGradients
+from hf_rece.training.streaming import StreamedTraining
+from hf_rece.training.vocab_parallel import VocabParallel, cut_as_asked
 
 
 class LargeVocabTrainer(SparseGradients, ExactEvaluation):
@@ -100,16 +105,20 @@ def _own_loss(model: nn.Module, knobs: dict[str, Any]) -> tuple[str, dict[str, A
     return own.pop("loss_type"), {**own, **knobs}
 
 
-class RecommenderTrainer(RecordedRun, LargeVocabTrainer):
+class RecommenderTrainer(StreamedTraining, VocabParallel, RecordedRun, LargeVocabTrainer):
     """Trains a RecommenderModel on sequences and ranks the full catalogue for evaluation.
 
-    Datasets are those of leave_one_out_split and temporal_split. Evaluation reports the exact loss
+    Datasets are those of leave_one_out_split and temporal_split, or of a prepared log: a
+    SequenceStream to train on, and its splits to evaluate on. Evaluation reports the exact loss
     and ndcg@k, hr@k, recall@k, mrr@k, coverage@k, which serve as metric_for_best_model
     (eval_ndcg@10). Predictions are (items above the target, items tied with it, top-k ids, exact
     loss), a row for each user in the order of the dataset: no (users x catalogue) matrix is ever
     made.
 
     Data, cost and metrics of the run are kept in the model's configuration and shown by its card.
+
+    With args.vocab_parallel, item vectors are cut over the processes that train together, see
+    VocabParallel; save_model, evaluate and predict are then called by all of them.
 
     Args:
         model: RecommenderModel.
@@ -146,9 +155,17 @@ class RecommenderTrainer(RecordedRun, LargeVocabTrainer):
         train = kwargs.get("train_dataset")
         if args.train_sampling_strategy == "group_by_length" and isinstance(train, Dataset):
             kwargs["train_dataset"] = _with_lengths(train, args.length_column_name)
+        if model is not None:
+            cut_as_asked(model, args)
         super().__init__(model=model, args=args, **kwargs)
         # Trainer looks for labels among the model's arguments, which its wrappers may hide.
         self.label_names = ["labels"]
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Return a fresh model from model_init, with the loss of the arguments, cut as they say."""
+        model = super().call_model_init(trial)
+        cut_as_asked(model, self.args)
+        return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         _check_size(resume_from_checkpoint, self.model)
@@ -231,7 +248,12 @@ def _with_loss(own: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..
 
 
 def most_popular_metrics(
-    train: Dataset, evaluation: Dataset, n_items: int, *, ks: list[int], filter_seen: bool = True
+    train: Dataset | SequenceStream,
+    evaluation: Dataset | PreparedSplit,
+    n_items: int,
+    *,
+    ks: list[int],
+    filter_seen: bool = True,
 ) -> dict[str, float]:
     """Return the ranking metrics of recommending the most popular items to everyone.
 
@@ -242,8 +264,7 @@ def most_popular_metrics(
         ks: cut-offs.
         filter_seen: leave items of the history out of the ranking.
     """
-    histories = train.with_format("numpy")[HISTORY]
-    popularity = np.bincount(np.concatenate(list(histories)), minlength=n_items + 1)[1:]
+    popularity = _item_counts(train, n_items)
     by_popularity = np.sort(popularity)
     best_first = np.argsort(-popularity, kind="stable") + 1
     greater, tied, topk_ids = [], [], []
@@ -263,6 +284,17 @@ def most_popular_metrics(
     return ranking_metrics(
         np.array(greater), np.array(tied), ks=ks, topk_ids=padded, n_items=n_items
     )
+
+
+def _item_counts(train: Dataset | SequenceStream, n_items: int) -> NDArray[np.int64]:
+    """Return how often each item occurs (n_items,)."""
+    if not isinstance(train, SequenceStream):
+        histories = train.with_format("numpy")[HISTORY]
+        return np.bincount(np.concatenate(list(histories)), minlength=n_items + 1)[1:]
+    counts = np.zeros(n_items + 1, dtype=np.int64)
+    for part in train.split.histories():
+        counts += np.bincount(part.flatten().to_numpy(), minlength=n_items + 1)
+    return counts[1:]
 
 
 def _check_size(checkpoint: str, model: Any) -> None:

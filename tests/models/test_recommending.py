@@ -1,10 +1,13 @@
 """Allow-lists, deny-lists, and the vectors of users and items."""
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 import torch
 
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.models.recommendation import Recommendation, recommendations_frame
 from tests.models.test_growth import ITEMS, NEW, TABLES, make
 
 every_table = pytest.mark.parametrize("table", TABLES)
@@ -102,3 +105,21 @@ def test_rows_to_spare_have_no_vectors():
 def test_bad_requests_are_named(call, message):
     with pytest.raises((ArgumentError, DataError), match=message):
         call(make())
+
+
+@pytest.mark.parametrize("container", [list, np.array, pl.Series, pd.Series])
+def test_recommendations_are_a_table_with_the_columns_of_rectools(container):
+    answers = [[Recommendation("x", 2.5), Recommendation("y", 1.0)], [], [Recommendation("x", 0.0)]]
+    frame = recommendations_frame(container([7, 8, 9]), answers)
+    assert frame.columns == ["user_id", "item_id", "score", "rank"]
+    assert frame.rows() == [(7, "x", 2.5, 1), (7, "y", 1.0, 2), (9, "x", 0.0, 1)]
+
+
+def test_no_recommendations_are_an_empty_table():
+    frame = recommendations_frame(["a"], [[]])
+    assert (len(frame), frame["user_id"].dtype, frame["rank"].dtype) == (0, pl.String, pl.Int64)
+
+
+def test_recommendations_need_a_user_for_each_answer():
+    with pytest.raises(ArgumentError, match="users='2 users': there are 1 answers"):
+        recommendations_frame(["a", "b"], [[]])

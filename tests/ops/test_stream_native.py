@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import LOSSES
+from hf_rece.losses.cross_entropy import cross_entropy_loss
 from hf_rece.ops import lsh, native, stream_native, stream_torch
 from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.stream import choose_kernel
@@ -164,6 +165,20 @@ def test_what_the_kernels_do_not_serve_is_left_to_torch(hidden, weight):
     assert not weight.is_contiguous() or not native.serves(hidden, weight)
     if weight.dtype != torch.float32 or weight.shape[1] > native.MAX_WIDTH:
         assert choose_kernel("native", hidden, DenseRows(weight)) is stream_torch
+
+
+@needs_kernels
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e6])
+def test_a_wide_cap_costs_no_digits(softcap):
+    hidden, weight = torch.randn(9, 5), torch.randn(70, 5)
+    labels = torch.randint(70, (9,))
+    native_loss, torch_loss = (
+        cross_entropy_loss(
+            hidden, weight, labels, logit_softcap=softcap, backend=backend, reduction="none"
+        )
+        for backend in ("native", "torch")
+    )
+    torch.testing.assert_close(native_loss, torch_loss, rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.usefixtures("fresh_library")
