@@ -15,6 +15,8 @@ from hf_rece.losses.planning import human_bytes
 from hf_rece.serving.demo import build_demo
 from tests.serving.shop import HOSTILE, shop
 
+# Gradio's queue counts its events with an option that pandas is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent:DeprecationWarning")
 PATIENCE = 60_000  # milliseconds: the machine may be busy
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SANDBOX = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
