@@ -49,6 +49,7 @@ from hf_rece.version import __version__
 
 if TYPE_CHECKING:
     from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+    from hf_rece.training.compare import compare_runs
     from hf_rece.training.row_adam import RowAdamW
     from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
     from hf_rece.training.sparsity import DynamicSparsityCallback
@@ -64,6 +65,7 @@ _LAZY = {
     "RecommenderTrainer": "hf_rece.training.trainer",
     "RecommenderTrainingArguments": "hf_rece.training.args",
     "RowAdamW": "hf_rece.training.row_adam",
+    "compare_runs": "hf_rece.training.compare",
 }
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "__version__",
     "bce_loss",
     "build_loss",
+    "compare_runs",
     "cross_entropy_loss",
     "find_head",
     "gbce_loss",

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from hf_rece.data.prepare import prepare_log
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
@@ -29,13 +28,21 @@ from hf_rece.serving.jobs import (
     recommend_as_asked,
 )
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.compare import compare_runs
+from hf_rece.training.comparison_output import (
+    CompareArguments,
+    show_comparison,
+    write_comparison,
+)
 from hf_rece.training.pretrain import NewModelArguments, TextArguments, show_run
 from hf_rece.training.pretrain import pretrain as pretrain_model
 from hf_rece.training.run import (
     DataArguments,
     ModelArguments,
+    PrepareArguments,
     evaluate_recommender,
     load_splits,
+    prepare_as_asked,
     show_metrics,
     show_recommendations,
     train_recommender,
@@ -53,7 +60,9 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
   export     write a recommender's encoder as .pt2 or .onnx (needs hf_rece[onnx])
   pretrain   train a language model from scratch
   finetune   fine-tune a language model, whole or by an adapter (needs hf_rece[trl], Python 3.11)
+  compare    tabulate and plot finished runs: hf-rece compare RUN ... [--output comparison.png]
   plan       print what every loss would cost at a shape: memory, operations, candidates
+  demo       serve a page that recommends, and plans losses (needs hf_rece[demo])
 
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
@@ -96,20 +105,6 @@ class PretrainDefaults(LargeVocabTrainingArguments):
 
 
 @dataclass
-class PrepareArguments:
-    """Where a prepared log goes."""
-
-    output_dir: str = field(metadata={"help": "Folder: new, empty or a prepared log."})
-    n_shards: int | None = field(
-        default=None,
-        metadata={"help": "Files a split; more take less memory. None: by the size of the log."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace a log prepared with other files or settings."}
-    )
-
-
-@dataclass
 class EvaluateArguments:
     """Which model to evaluate."""
 
@@ -148,23 +143,7 @@ def train(words: Sequence[str] | None = None) -> None:
 def prepare(words: Sequence[str] | None = None) -> None:
     """Turn a log that need not fit into memory into sequences on disk."""
     data, where = parse((DataArguments, PrepareArguments), words, "prepare")
-    if data.train_file is None:
-        raise ArgumentError("train_file", None, "no log", "Pass files: 'logs/*.parquet'")
-    prepared = prepare_log(
-        data.train_file,
-        where.output_dir,
-        user_column=data.user_column,
-        item_column=data.item_column,
-        time_column=data.time_column,
-        separator=data.separator,
-        min_user_interactions=data.min_user_interactions,
-        min_item_interactions=data.min_item_interactions,
-        split=data.split,
-        quantile=data.test_quantile,
-        n_shards=where.n_shards,
-        overwrite=where.overwrite,
-        progress=True,
-    )
+    prepared = prepare_as_asked(data, where)
     console = Console()
     console.print(prepared.description, highlight=False)
     console.print(f"Prepared in {where.output_dir}: hf-rece train --train_file {where.output_dir}")
@@ -250,6 +229,29 @@ def plan(words: Sequence[str] | None = None) -> None:
         Console().print(_table_of_plans(plans, arguments))
 
 
+def compare(words: Sequence[str] | None = None) -> None:
+    """Print finished runs side by side; plot them, or write them as data."""
+    runs = ("runs", "Folders that a training wrote, globs of them, or Hub ids.")
+    arguments, more = parse((CompareArguments,), words, "compare", positional=runs)
+    comparison = compare_runs(more.runs, arguments.metric)
+    show_comparison(comparison)
+    if arguments.output is not None:
+        write_comparison(comparison, arguments.output)
+        Console().print(f"Written to {arguments.output}", markup=False)
+
+
+def demo(words: Sequence[str] | None = None) -> None:
+    """Serve a page to look at: a model's recommendations, and the plan of the losses."""
+    try:
+        from hf_rece.serving import demo as room
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "demo", error.name, "not installed", 'Install it: pip install "hf_rece[demo]"'
+        ) from None
+    (arguments,) = parse((room.DemoArguments,), words, "demo")
+    room.serve_demo(arguments)
+
+
 def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Table:
     shape = f"N={arguments.tokens:,}, C={arguments.classes:,}, D={arguments.width}"
     table = Table(
@@ -273,13 +275,20 @@ def _table_of_plans(plans: Sequence[LossPlan], arguments: PlanArguments) -> Tabl
     return table
 
 
-def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) -> tuple[Any, ...]:
+def parse(
+    types: tuple[type, ...],
+    words: Sequence[str] | None,
+    command: str,
+    positional: tuple[str, str] | None = None,
+) -> tuple[Any, ...]:
     """Return one object of each dataclass from flags and an optional YAML file.
 
     Args:
         types: dataclasses.
         words: command line without the program's name; sys.argv's if None.
         command: shown in the help.
+        positional: name and help of words without a flag, one or more; a Namespace at the end of
+            what is returned holds them.
 
     Raises:
         ArgumentError: for two YAML files, or a key that no dataclass has.
@@ -287,6 +296,9 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
     """
     words = list(sys.argv[1:] if words is None else words)
     parser: Any = HfArgumentParser(types, prog=f"hf-rece {command}")  # type: ignore[arg-type]
+    if positional is not None:
+        name, explanation = positional
+        parser.add_argument(name, nargs="+", help=explanation)
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ArgumentError("config", files, "more than one file", "Pass one of them")
@@ -294,7 +306,7 @@ def parse(types: tuple[type, ...], words: Sequence[str] | None, command: str) ->
         words = [word for word in words if word not in files and word != "--config"]
         settings = _read_yaml(files[0])
         known = {item.name for each in types for item in fields(each)}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - known, key=str)
         if unknown:
             raise ArgumentError(
                 "config", unknown, "no such settings", f"hf-rece {command} --help lists them"
@@ -321,6 +333,8 @@ def _read(path: str) -> str:
         return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise DataError(path, "no such file", "Check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 text: {error}", "Save it as UTF-8") from None
 
 
 COMMANDS = {
@@ -332,7 +346,9 @@ COMMANDS = {
     "export": export,
     "pretrain": pretrain,
     "finetune": finetune,
+    "compare": compare,
     "plan": plan,
+    "demo": demo,
 }
 
 

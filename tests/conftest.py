@@ -3,6 +3,11 @@
 import os
 from pathlib import Path
 
+# Tests run in two processes: more threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +16,10 @@ from tests.hub_server import HubServer
 # Read by Triton when it is first imported, which other packages may do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long a case takes is the machine's business.
+hypothesis.settings.register_profile("hf_rece", deadline=None)
+hypothesis.settings.load_profile("hf_rece")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

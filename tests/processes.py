@@ -1,9 +1,17 @@
-"""Run a test's function in two processes that talk to each other."""
+"""Run a test's function in several processes that talk to each other."""
 
 import json
+import multiprocessing
+import os
+import pickle
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import distributed
 
 SCRIPT = """
 import json, os, sys
@@ -33,3 +41,48 @@ def findings_of_two_processes(module, folder):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def in_processes(function, world_size, *arguments):
+    """Return what `function(rank, *arguments)` returns in each of some processes that talk.
+
+    They are forked from a server that has imported the package already: they start in no time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_rece", "hf_rece.training.trainer"])
+    with TemporaryDirectory() as folder:
+        started = [
+            context.Process(
+                target=_in_process, args=(rank, world_size, folder, function, arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(200)
+        codes = [process.exitcode for process in started]
+        assert codes == [0] * world_size, f"exit codes {codes}, tracebacks in stderr"
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world_size)]
+
+
+def _in_process(rank, world_size, folder, function, arguments):
+    torch.set_num_threads(1)
+    # Read by Accelerate; the group is there already, so that nobody meets at the address.
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        timeout=timedelta(seconds=100),
+        world_size=world_size,
+        rank=rank,
+    )
+    assert distributed.get_world_size() == world_size
+    # Plain pickle: by the queues of torch, a tensor would be a handle that dies with its process.
+    Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
+    distributed.barrier()
+    distributed.destroy_process_group()

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, cli, plan_losses
+from hf_rece.data.interactions import log_facts
+from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.digits import own_codes
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.losses import LOSSES
@@ -19,8 +21,6 @@ QUICK = ["--num_train_epochs", "1", "--hidden_size", "8", "--max_length", "10", 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A log with columns of other names, and a model trained on it."""
-    from hf_rece.data.synthetic import generate_interactions
-
     folder = tmp_path_factory.mktemp("run")
     log = generate_interactions(60, 50)
     log.rename({"user_id": "who", "item_id": "what", "timestamp": "when"}).write_csv(
@@ -82,6 +82,16 @@ def test_a_prepared_log_of_other_items_is_refused(trained_from_disk, trained):
 def test_prepare_needs_files(tmp_path):
     with pytest.raises(ArgumentError, match="train_file=None: no log"):
         cli.prepare(["--output_dir", str(tmp_path)])
+
+
+def test_train_reads_an_atomic_file_of_recbole(tmp_path):
+    names = {"user_id": "user_id:token", "item_id": "item_id:token", "timestamp": "timestamp:float"}
+    log = generate_interactions(60, 50)
+    log.rename(names).write_csv(tmp_path / "ml.inter", separator="\t")
+    where = ["--train_file", str(tmp_path / "ml.inter"), "--output_dir", str(tmp_path / "run")]
+    cli.train([*where, *QUICK, "--max_steps", "1"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert log_facts(log) in config["training_run"]["data"]
 
 
 def test_train_keeps_the_density_that_was_asked_for(tmp_path):

@@ -192,7 +192,8 @@ def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
         return values
     if values.dtype in (pl.Categorical, pl.Enum):
         return values.cast(pl.String)
-    if values.dtype.is_float() and (values == values.round()).all():
+    # Beyond 2**53, floats are whole but not all integers: neighbouring ids would be one.
+    if values.dtype.is_float() and ((values == values.round()) & (values.abs() < 2**53)).all():
         return values.cast(pl.Int64)
     raise DataError(
         f"{name}, column {column!r}",

@@ -242,7 +242,11 @@ def readable(name: str) -> Iterator[None]:
         yield
     except pl.exceptions.NoDataError as error:
         raise DataError(name, "the file is empty", "Pass a file with a header") from error
-    except (pl.exceptions.PolarsError, pa.ArrowException) as error:
+    # Polars panics over some damaged Parquet files, and over some columns of pandas says TypeError.
+    except (
+        pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException,
+        TypeError, OverflowError,
+    ) as error:  # fmt: skip
         raise DataError(
             name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 from datasets import Dataset, DatasetDict, DatasetInfo
 
@@ -63,7 +65,9 @@ def temporal_split(
         The protocol of arXiv 2408.02354 and 2409.18721.
     """
     check_quantile(quantile)
-    point = interactions[TIME].quantile(quantile, "lower")
+    # Series.quantile answers in float64, which nanoseconds do not fit.
+    n_before = math.floor((len(interactions) - 1) * quantile)
+    point = interactions[TIME].sort().head(n_before + 1).max()
     late = interactions.group_by(USER).agg((pl.col(TIME).max() > point).alias("late"))
     sequences = _sequences(interactions, tokenizer).join(late, on=USER, maintain_order="left")
     held_out = sequences.filter("late", pl.col(HISTORY).list.len() >= 3).drop("late")

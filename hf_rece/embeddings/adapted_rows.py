@@ -92,7 +92,7 @@ class ScaledRows:
             if isinstance(ids, slice):
                 of_scale[ids] += own
             else:
-                of_scale.index_add_(0, ids, own)
+                of_scale.index_add_(0, ids, own.to(of_scale.dtype))
         if any(buffer is not None for buffer in of_base):
             self.base.add_grad(tuple(of_base), ids, grad * self.scale[ids].unsqueeze(1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_rece.embeddings.output_terms import OutputTerms
+from hf_rece.embeddings.sharded import ShardedLinear
 from hf_rece.embeddings.table_head import TableHead
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import DenseRows
@@ -28,7 +29,7 @@ def as_rows(layer: nn.Module, hidden: Tensor) -> OutputTerms:
         from hf_rece.embeddings.peft_rows import peft_rows
 
         return peft_rows(layer, hidden, as_rows)
-    if isinstance(layer, TableHead):
+    if isinstance(layer, (TableHead, ShardedLinear)):
         return OutputTerms(hidden, layer.rows, layer.bias)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_floating_point():

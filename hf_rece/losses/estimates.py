@@ -17,8 +17,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from hf_rece.ops import native
 from hf_rece.ops.plan import MIN_TILE_SIDE, tile_shape
 from hf_rece.ops.rows import accumulation_dtype
+from hf_rece.ops.topk import hit_capacity, serves_search
 
 _INT32, _INT64 = 4, 8
 # Measured on CPUs: what oneDNN and MKL compile, load and keep once a process. A GPU's allocator
@@ -49,6 +51,8 @@ class Shape:
         has_ignored: some tokens carry no label, so that the others are copied.
         has_softcap: logits are capped.
         sparse_grad: the table's gradient holds the rows that are touched, and no others.
+        is_native: C++ kernels score the pairs, a block a thread in place of tiles. Budgets do not
+            count on it, so that they choose the same on every machine.
     """
 
     n_tokens: int
@@ -62,6 +66,7 @@ class Shape:
     has_ignored: bool = False
     has_softcap: bool = False
     sparse_grad: bool = False
+    is_native: bool = False
 
     @property
     def item(self) -> int:
@@ -173,6 +178,13 @@ def walk_bytes(shape: Shape, pairs: Pairs, tile_bytes: int) -> int:
     return max(moments) + pairs.has_drops * logits + _INT64 * groups * (2 * n + m)
 
 
+def native_bytes(shape: Shape, tile_bytes: int) -> int:
+    """Return the peak bytes of the C++ kernels beside the gradients, or of the labels' products."""
+    blocks = torch.get_num_threads() * native.block_bytes(shape.width, shape.has_softcap)
+    labels = 3 * min(shape.n_tokens * shape.width * shape.wide, tile_bytes // 2)
+    return max(blocks, labels)
+
+
 def estimate(
     shape: Shape,
     grids: Sequence[Pairs],
@@ -206,16 +218,17 @@ def estimate(
         shape = replace(shape, n_weights=touched * width * (shape.weights > 0))
         search += 5 * _INT64 * gathered
         plan += touched * (width * shape.item + _INT64)
+    walked = max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids))
     copies = shape.has_ignored * 2 * n_tokens * width * shape.item  # of the states, and gradient
     terms = {
         "gradients": shape.gradient_bytes,
-        "tile": max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids)),
+        "tile": native_bytes(shape, tile_bytes) if shape.is_native else walked,
         # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
         "skips": n_skips * 6 * _INT64,
         "plan": plan + n_skips * 3 * _INT64,
         "tokens": n_tokens * (_VALUES_A_TOKEN * shape.wide + _INT64) + copies,
         "search": search,
-        "libraries": LIBRARY_BYTES.get(shape.device.type, 0),
+        "libraries": 0 if shape.is_native else LIBRARY_BYTES.get(shape.device.type, 0),
     }
     least = max(walk, *(walk_bytes(shape, grid, 1) for grid in grids))
     largest = {
@@ -279,6 +292,12 @@ def topk_bytes(shape: Shape, n_queries: int, k: int, n_rows: int, tile_bytes: in
     """
     found = shape.wide + _INT64  # score and id
     block = min(n_queries, _QUERIES)
+    if shape.is_native and serves_search(block, n_rows, k, tile_bytes):
+        capacity = hit_capacity(n_rows, k)
+        sample = min(8192, n_rows // 16) * (2 * block + shape.width) * shape.wide
+        # A hit as it is found takes 16 bytes, in lists that double.
+        found_bytes = block * (capacity * found + k * found) + 16 * block * capacity
+        return 2 * n_queries * k * found + max(sample, found_bytes)
     # A block's best, hits not yet sorted in, the union of the two, and the best of that; or all
     # results twice, while those of the blocks are joined.
     buffers = k * found * max((n_queries - block) + block * (1 + 1 + 2 + 1), 2 * n_queries)
@@ -292,5 +311,7 @@ def hash_bytes(shape: Shape, n_vectors: int, n_directions: int, tile_bytes: int)
     """Return the peak bytes of ops.lsh: bucket, stable sort and places of `n_vectors` vectors."""
     directions = 2 * (n_directions + 32) * shape.width * shape.wide  # drawn, and in whole lanes
     tile = min(tile_bytes, 8 * n_vectors * (n_directions + 32 + shape.width))
+    if shape.is_native:
+        tile = 0
     # Buckets, their order as int64 and int32, places.
     return directions + tile + n_vectors * (2 * _INT64 + 3 * _INT32)

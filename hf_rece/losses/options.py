@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +12,15 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from hf_rece.errors import ArgumentError
+from hf_rece.losses.checks import check_shapes, check_values, checked_ids
 from hf_rece.losses.estimates import Shape
+from hf_rece.losses.option_checks import check_options
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
+from hf_rece.ops.shards import ShardedRows, SharedTokens, same_draws
 from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
 from hf_rece.ops.touched import touched_rows
+from hf_rece.ops.vocab_parallel import sharded_stream
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -26,7 +31,7 @@ SPARSE_GRAD_LOSSES = ("sce", "sampled_softmax", "bce", "gbce")
 class CommonOptions(TypedDict, total=False):
     """Arguments that every loss takes by name.
 
-    bias: (C,) added to the logits, or None.
+    bias: (C,) added to the logits, or None; over ShardedRows the process's own part.
     ignore_index: label of tokens that take no part anywhere; -100 unless given.
     excluded_ids: classes that are never scored as negatives (padding, mask, reserved rows), as a
         sequence of integers or an int64 tensor.
@@ -38,7 +43,8 @@ class CommonOptions(TypedDict, total=False):
     logit_softcap: c, caps a logit at c tanh(logit / c), after the scale.
     tile_bytes: bytes of one tile of logits; None for the device's default, or for what the loss's
         memory_budget leaves. Larger tiles are fewer.
-    backend: "auto", "torch" or "triton"; "auto" takes Triton's kernels on a GPU that they serve.
+    backend: "auto", "torch", "native" or "triton"; "auto" takes Triton's kernels on a GPU and C++
+        kernels on a CPU, where they serve.
     generator: torch.Generator of the random draws, on the device of the hidden states.
     statistics: TokenStatistics to fill with the entropy and correctness of each token, or None.
     sparse_grad: give weight and bias row-sparse gradients (sparse COO tensors of the rows touched)
@@ -78,6 +84,7 @@ class Options:
     sparse_grad: bool = False
 
     def __post_init__(self) -> None:
+        check_options(vars(self))
         if self.reduction not in ("mean", "sum", "none"):
             raise ArgumentError(
                 "reduction", self.reduction, "no such reduction", "Pass mean, sum or none"
@@ -86,17 +93,14 @@ class Options:
             raise ArgumentError(
                 "backend", self.backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
             )
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ArgumentError(
-                "logit_softcap", self.logit_softcap, "a cap is positive", "Pass None for no cap"
-            )
-        if not math.isfinite(self.logit_scale):
-            raise ArgumentError("logit_scale", self.logit_scale, "not finite", "Pass 1.0 for none")
 
 
 @dataclass(frozen=True)
 class Problem:
     """What a loss works on: the labelled tokens, the rows, and the options.
+
+    Over ShardedRows, hidden and labels are those of all processes, in the order of ranks, so that
+    all of them make the same plan; `kept` and `shape` are of the process's own.
 
     Args:
         hidden: (N, D), the hidden states that carry a label.
@@ -105,6 +109,8 @@ class Problem:
         kept: (N,) int64 positions of these tokens among all of the caller's, or None if all are
             kept.
         shape: the labels' shape as given.
+        shared: whose tokens these are, over ShardedRows; each process told its labelled tokens,
+            sequences, and tokens.
         excluded_ids: (E,) int64 or None.
         tile_bytes: bytes of a tile.
         options: as given.
@@ -115,13 +121,31 @@ class Problem:
     labels: Tensor
     kept: Tensor | None
     shape: torch.Size
+    shared: SharedTokens | None
     excluded_ids: Tensor | None
     tile_bytes: int
     options: Options
 
+    def draws(self) -> AbstractContextManager[None]:
+        """Return in what to draw: there, all processes draw the same."""
+        if self.shared is None:
+            return nullcontext()
+        return same_draws(self.shared.shards, self.options.generator, self.hidden.device)
+
     def stream(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return label logits (N,) and merged scores (N,) over the plan's pairs."""
         rows, labels, bias = self.rows, self.labels, self.options.bias
+        if isinstance(rows, ShardedRows):
+            return sharded_stream(
+                self.hidden,
+                rows,
+                labels,
+                plan,
+                bias=bias,
+                logit_scale=self.options.logit_scale,
+                logit_softcap=self.options.logit_softcap,
+                backend=self.options.backend,
+            )
         if self.options.sparse_grad:
             touched = touched_rows(leaf_weight(rows), bias, labels, plan)
             rows, labels, bias, plan = (
@@ -154,16 +178,21 @@ class Problem:
         for every step of one shape, however many tokens carry a label.
         """
         grads = [tensor for tensor in self.rows.tensors() if tensor.requires_grad]
+        n_weights = sum(tensor.numel() for tensor in grads)
+        n_given, n_sequences = math.prod(self.shape), math.prod(self.shape[:-1])
+        if self.shared is not None:  # the same in every process
+            n_sequences, n_given = self.shared.total(1), self.shared.total(2)
+            n_weights = max(self.shared.shards.sizes) * self.rows.width if grads else 0
         budgeted = memory_budget is not None
         return Shape(
-            n_tokens=math.prod(self.shape) if budgeted else len(self.labels),
+            n_tokens=n_given if budgeted else len(self.labels),
             n_classes=self.rows.n_rows,
             width=self.rows.width,
             dtype=self.hidden.dtype,
             device=self.hidden.device,
             wants_hidden=self.hidden.requires_grad,
-            n_weights=sum(tensor.numel() for tensor in grads),
-            n_sequences=math.prod(self.shape[:-1]),
+            n_weights=n_weights,
+            n_sequences=n_sequences,
             has_ignored=budgeted,
             has_softcap=self.options.logit_softcap is not None,
             sparse_grad=self.options.sparse_grad,
@@ -182,11 +211,13 @@ class Problem:
                 "negatives for each sequence need to know the sequences",
                 'Pass labels of shape (B, T), or shared_by="batch"',
             )
-        length = self.shape[-1]
         kept = self.kept
         if kept is None:
-            kept = torch.arange(len(self.labels), device=self.labels.device)
-        return kept // length, math.prod(self.shape[:-1])
+            kept = torch.arange(math.prod(self.shape), device=self.labels.device)
+        ids = kept // self.shape[-1]
+        if self.shared is None:
+            return ids, math.prod(self.shape[:-1])
+        return self.shared.gather(ids + self.shared.before(1)), self.shared.total(1)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Return values (N,) of the labelled tokens in the labels' shape, 0 elsewhere."""
@@ -198,24 +229,37 @@ class Problem:
     def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
         """Reduce the losses (N,) of the labelled tokens as the caller asked.
 
+        Over ShardedRows these are the losses of the process's own tokens, and a mean is scaled so
+        that its mean over the processes is that over all tokens, as DDP takes it.
+
         Args:
             losses: (N,).
             counted: number of tokens that a mean divides by, if not all of them.
         """
+        n_counted: Tensor | float = max(len(losses), 1)
+        if counted is not None:
+            n_counted = counted.clamp(min=1)
+        if self.shared is not None:
+            losses = losses[self.shared.own]
+            n_counted = n_counted / self.shared.shards.world_size
         if self.options.reduction == "none":
             return self._spread(losses)
         total = losses.sum()
         if self.options.reduction == "sum":
             return total
         if self.options.num_items_in_batch is not None:
-            return total / self.options.num_items_in_batch
-        return total / (max(len(losses), 1) if counted is None else counted.clamp(min=1))
+            # A step without any label has the loss 0.
+            return total / torch.as_tensor(self.options.num_items_in_batch).clamp(min=1)
+        return total / n_counted
 
 
 def prepare(
     hidden: Tensor, weight: Tensor | OutputRows, labels: Tensor, options: Options
 ) -> Problem:
     """Check the inputs of a loss and drop the tokens without a label.
+
+    Over ShardedRows, collective: three messages. The tokens are those of all processes, and what is
+    wrong with those of one is raised in all.
 
     Args:
         hidden: (N, D) or (B, T, D) floating point.
@@ -228,7 +272,9 @@ def prepare(
             holds NaN.
     """
     rows = as_output_rows(weight)
-    _check_shapes(hidden, rows, labels, options.bias)
+    if isinstance(rows, ShardedRows):
+        _refuse_sharded(options)
+    check_shapes(hidden, rows, labels, options.bias)
     flat_labels = labels.reshape(-1).long()
     states = hidden.reshape(-1, hidden.shape[-1])
     labelled = flat_labels != options.ignore_index
@@ -236,90 +282,36 @@ def prepare(
     if not bool(labelled.all()):
         kept = labelled.nonzero()[:, 0]
         flat_labels, states = flat_labels[kept], states[kept]
-    excluded = _excluded_ids(options.excluded_ids, rows.n_rows, hidden.device)
-    _check_values(states, flat_labels, rows.n_rows, excluded, options.ignore_index)
-    tile_bytes = resolve_tile_bytes(options.tile_bytes, hidden.device)
-    return Problem(states, rows, flat_labels, kept, labels.shape, excluded, tile_bytes, options)
+    shared = None
+    if isinstance(rows, ShardedRows):
+        shared = rows.shards.share_tokens(
+            len(flat_labels),
+            math.prod(labels.shape[:-1]),
+            labels.numel(),
+            device=hidden.device,
+        )
+        states, flat_labels = shared.gather(states), shared.gather(flat_labels)
+    excluded = checked_ids(options.excluded_ids, rows.n_rows, hidden.device)
+    check_values(states, flat_labels, rows.n_rows, excluded, options.ignore_index)
+    return Problem(
+        hidden=states,
+        rows=rows,
+        labels=flat_labels,
+        kept=kept,
+        shape=labels.shape,
+        shared=shared,
+        excluded_ids=excluded,
+        tile_bytes=resolve_tile_bytes(options.tile_bytes, hidden.device),
+        options=options,
+    )
 
 
-def _check_shapes(hidden: Tensor, rows: OutputRows, labels: Tensor, bias: Tensor | None) -> None:
-    if not hidden.is_floating_point() or hidden.dim() < 2:
-        raise ArgumentError(
-            "hidden",
-            (tuple(hidden.shape), hidden.dtype),
-            "hidden states are floating point vectors",
-            "Pass a tensor of shape (N, D) or (B, T, D)",
-        )
-    if hidden.shape[-1] != rows.width:
-        raise ArgumentError(
-            "hidden",
-            tuple(hidden.shape),
-            f"the output rows are {rows.width} wide",
-            f"Pass hidden states whose last dimension is {rows.width}",
-        )
-    if labels.shape != hidden.shape[:-1] or labels.is_floating_point():
-        raise ArgumentError(
-            "labels",
-            (tuple(labels.shape), labels.dtype),
-            f"hidden has shape {tuple(hidden.shape)}",
-            f"Pass integer labels of shape {tuple(hidden.shape[:-1])}",
-        )
-    if bias is not None and bias.shape != (rows.n_rows,):
-        raise ArgumentError(
-            "bias",
-            tuple(bias.shape),
-            f"there are {rows.n_rows} classes",
-            f"Pass a bias of shape ({rows.n_rows},), or None",
-        )
-
-
-def _excluded_ids(
-    ids: Tensor | list[int] | tuple[int, ...] | None, n_classes: int, device: torch.device
-) -> Tensor | None:
-    if ids is None or len(ids) == 0:
-        return None
-    excluded: Tensor = torch.unique(torch.as_tensor(ids, dtype=torch.long, device=device))
-    if int(excluded[0]) < 0 or int(excluded[-1]) >= n_classes:
-        raise ArgumentError(
-            "excluded_ids",
-            excluded.tolist()[:5],
-            f"there are {n_classes} classes",
-            f"Pass class ids from 0 to {n_classes - 1}",
-        )
-    return excluded
-
-
-def _check_values(
-    states: Tensor, labels: Tensor, n_classes: int, excluded: Tensor | None, ignore_index: int
-) -> None:
-    if len(labels) == 0:
-        return
-    outside = labels[(labels < 0) | (labels >= n_classes)]
-    if len(outside):
-        raise ArgumentError(
-            "labels",
-            torch.unique(outside).tolist()[:5],
-            f"there are {n_classes} classes",
-            f"Pass labels from 0 to {n_classes - 1}, or ignore_index={ignore_index} for tokens "
-            "without a label",
-        )
-    if excluded is not None:
-        clash = labels[torch.isin(labels, excluded)]
-        if len(clash):
+def _refuse_sharded(options: Options) -> None:
+    for name in ("statistics", "sparse_grad"):
+        if getattr(options, name):
             raise ArgumentError(
-                "labels",
-                torch.unique(clash).tolist()[:5],
-                "these classes are in excluded_ids",
-                f"Set them to ignore_index={ignore_index}, or take them out of excluded_ids",
+                name, True, "not known of rows that are cut over processes", "Leave it out"
             )
-    if bool(torch.isnan(states).any()):
-        raise ArgumentError(
-            "hidden",
-            "NaN",
-            f"{int(torch.isnan(states).any(1).sum())} of {len(states)} labelled tokens hold NaN",
-            "Look for the layer that made it: torch.autograd.set_detect_anomaly(True), a lower "
-            "learning rate, or a float32 or bfloat16 model instead of float16",
-        )
 
 
 def check_sparse_grad(loss_type: str, options: Options) -> None:

@@ -12,6 +12,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.losses import LOSSES, LossName
 from hf_rece.losses.checks import check_at_least, check_choice
 from hf_rece.losses.estimates import Estimate, Shape, dense_estimate
+from hf_rece.ops import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
@@ -83,13 +84,15 @@ def plan_losses(
         raise ArgumentError(
             "losses", unknown, "no such losses", f"Pass some of {', '.join(get_args(LossName))}"
         )
-    shape = Shape(n_tokens, n_classes, width, DTYPES[dtype], torch.device(device))
+    numbers, where = DTYPES[dtype], torch.device(device)
+    is_native = native.serves_shape(width, numbers, where)
+    shape = Shape(n_tokens, n_classes, width, numbers, where, is_native=is_native)
     dense = dense_estimate(shape)
     plans = [_row(DENSE, {}, 0, dense, dense)]
     for name in names:
         entry: Any = LOSSES[name]
-        # As a loss does under a budget, which holds with ignored tokens too.
-        roomy = replace(shape, has_ignored=memory_budget is not None)
+        # As a loss does under a budget: it holds with ignored tokens, and without C++ kernels.
+        roomy = replace(shape, has_ignored=memory_budget is not None, is_native=False)
         choice = entry.choose(entry.config(memory_budget=memory_budget), roomy)
         config = replace(choice.config, memory_budget=None)
         knobs = {

@@ -136,12 +136,12 @@ def rece_loss(
     choice = choose_rece(config, problem.cost_shape(memory_budget), options.tile_bytes)
     n_buckets = n_buckets_for(choice.config, len(problem.labels), problem.rows.n_rows)
     if directions is None:
-        directions = torch.stack(
-            [
+        with problem.draws():
+            drawn = [
                 random_directions(n_buckets, problem.hidden, options.generator)
                 for _ in range(n_rounds)
             ]
-        )
+        directions = torch.stack(drawn)
     n_chunks = max(1, directions.shape[1] // buckets_per_chunk)
     plan = rece_plan(
         problem.hidden,

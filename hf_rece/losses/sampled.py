@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, get_args
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.budget import MEMORY_BUDGET, Choice, Levels, check_budget, choose
-from hf_rece.losses.checks import check_at_least, check_choice
+from hf_rece.losses.checks import check_at_least, check_choice, check_flag
 from hf_rece.losses.estimates import Estimate, Pairs, Shape, estimate
 from hf_rece.losses.options import CommonOptions, Options, Problem, prepare, softmax_loss
 from hf_rece.ops.plan import Merge
@@ -43,6 +43,7 @@ class SampledSoftmaxConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.memory_budget)
+        check_flag("logq", self.logq)
         _check_sampling(self.n_negatives, self.sampler, self.shared_by, get_args(Sampler))
         if self.sampler == "in_batch" and self.shared_by == "sequence":
             raise ArgumentError(
@@ -85,7 +86,7 @@ class GBCEConfig:
     def __post_init__(self) -> None:
         check_budget(self.memory_budget)
         _check_sampling(self.n_negatives, self.sampler, self.shared_by, ("uniform", "log_uniform"))
-        if not 0 <= self.t <= 1:
+        if not isinstance(self.t, int | float) or not 0 <= self.t <= 1:
             raise ArgumentError("t", self.t, "out of range", "Pass a number from 0 to 1")
 
 
@@ -287,8 +288,9 @@ def choose_sampled(config: Sampled, shape: Shape, tile_bytes: int | None = None)
         n_tokens, n_negatives = shape.n_tokens, config.n_negatives
         n_draws = max(1, shape.n_sequences) if config.shared_by == "sequence" else 1
         drawn = n_draws * n_negatives
+        is_binary = not isinstance(config, SampledSoftmaxConfig)
         return estimate(
-            shape,
+            replace(shape, is_native=shape.is_native and not is_binary),
             [Pairs(n_draws, -(-n_tokens // n_draws), n_negatives, has_drops=True)],
             tile,
             plan=4 * n_tokens + 8 * n_tokens + 8 * drawn,  # and labels; ids, log-weights
@@ -308,16 +310,17 @@ def _stream_negatives(
         sequence_ids, n_draws = problem.sequence_ids()
     shape = problem.cost_shape(config.memory_budget)
     tile_bytes = choose_sampled(config, shape, problem.options.tile_bytes).tile_bytes
-    negatives = draw_negatives(
-        problem.labels,
-        problem.rows.n_rows,
-        n_negatives=config.n_negatives,
-        sampler=config.sampler,
-        n_draws=n_draws,
-        logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
-        excluded_ids=problem.excluded_ids,
-        generator=problem.options.generator,
-    )
+    with problem.draws():
+        negatives = draw_negatives(
+            problem.labels,
+            problem.rows.n_rows,
+            n_negatives=config.n_negatives,
+            sampler=config.sampler,
+            n_draws=n_draws,
+            logq=isinstance(config, SampledSoftmaxConfig) and config.logq,
+            excluded_ids=problem.excluded_ids,
+            generator=problem.options.generator,
+        )
     plan = sampled_plan(
         problem.labels,
         problem.rows.n_rows,

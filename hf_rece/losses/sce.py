@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.budget import MEMORY_BUDGET, Choice, Levels, check_budget, choose
-from hf_rece.losses.checks import check_at_least
+from hf_rece.losses.checks import check_at_least, check_flag
 from hf_rece.losses.estimates import Estimate, Pairs, Shape, estimate, topk_bytes
 from hf_rece.losses.options import CommonOptions, Options, Problem, prepare, softmax_loss
 from hf_rece.ops.lsh import random_directions
@@ -45,6 +45,7 @@ class SCEConfig:
     memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
 
     def __post_init__(self) -> None:
+        check_flag("mix", self.mix)
         for name in ("n_buckets", "bucket_size_x", "bucket_size_y"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
@@ -132,7 +133,8 @@ def sce_loss(
     choice = choose_sce(config, problem.cost_shape(memory_budget), options.tile_bytes)
     knobs, n_tokens = choice.config, len(problem.labels)
     if directions is None:
-        directions = _directions(knobs, problem)
+        with problem.draws():
+            directions = _directions(knobs, problem)
     plan = sce_plan(
         problem.hidden,
         problem.rows,

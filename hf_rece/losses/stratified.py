@@ -127,18 +127,19 @@ def stratified_loss(
     n_classes = problem.rows.n_rows
     n_excluded = 0 if problem.excluded_ids is None else len(problem.excluded_ids)
     n_scored = max(1, n_classes - n_excluded)
-    plan = stratified_plan(
-        problem.hidden,
-        problem.rows,
-        problem.labels,
-        n_groups=n_groups_for(knobs, len(problem.labels), n_classes),
-        n_hard=min(knobs.n_hard or 1, n_scored),
-        n_random=min(knobs.n_random or 1, n_scored),
-        bias=options.bias,
-        excluded_ids=problem.excluded_ids,
-        tile_bytes=choice.tile_bytes,
-        generator=options.generator,
-    )
+    with problem.draws():
+        plan = stratified_plan(
+            problem.hidden,
+            problem.rows,
+            problem.labels,
+            n_groups=n_groups_for(knobs, len(problem.labels), n_classes),
+            n_hard=min(knobs.n_hard or 1, n_scored),
+            n_random=min(knobs.n_random or 1, n_scored),
+            bias=options.bias,
+            excluded_ids=problem.excluded_ids,
+            tile_bytes=choice.tile_bytes,
+            generator=options.generator,
+        )
     label_logits, others = problem.stream(plan)
     return problem.reduce(softmax_loss(label_logits, others))
 

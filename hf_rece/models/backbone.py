@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+
+# In transformers' list of causal language models, but their plain forward sees the whole sequence.
+_BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
 
 
 def as_backbone(
@@ -24,21 +27,28 @@ def as_backbone(
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for an architecture of transformers that is no decoder.
+        ArgumentError: for what is no configuration, or an architecture of transformers that is no
+            decoder.
     """
+    if not isinstance(backbone, dict | PreTrainedConfig | None):
+        raise ArgumentError(
+            "backbone", backbone, "no configuration", "Pass one, its dictionary, or None for SASRec"
+        )
     if isinstance(backbone, dict):
         settings = dict(backbone)
         model_type = settings.pop("model_type", SASRecConfig.model_type)
         known = model_type == SASRecConfig.model_type  # whether or not it is registered
+        if not known and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
+            raise _no_decoder(model_type)
         config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
     else:
         config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
     theirs = config.model_type in CONFIG_MAPPING_NAMES
-    if theirs and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ArgumentError(
-            "backbone", config.model_type, "no decoder", "Pass sasrec, gpt2, llama, qwen3 or alike"
-        )
+    is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sees_later = config.is_encoder_decoder or config.model_type in _BIDIRECTIONAL
+    if theirs and (sees_later or not is_decoder):
+        raise _no_decoder(config.model_type)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     config.name_or_path = ""  # may be a path of this machine, which nobody else needs to know
@@ -47,6 +57,12 @@ def as_backbone(
     config.use_cache = False
     config.bos_token_id = config.eos_token_id = None
     return config
+
+
+def _no_decoder(model_type: Any) -> ArgumentError:
+    return ArgumentError(
+        "backbone", model_type, "no decoder", "Pass sasrec, gpt2, llama, qwen3 or alike"
+    )
 
 
 def make_backbone(config: Any, *, own_table: bool) -> PreTrainedModel:

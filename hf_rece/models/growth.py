@@ -115,6 +115,7 @@ class GrowingCatalogue(PublishedRecommender):
         Raises:
             ArgumentError: for fewer rows of a compressed table, or more than its codes can number.
         """
+        self._refuse_cut()
         table = self.get_input_embeddings()
         if not isinstance(table, COMPRESSED):
             super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -133,6 +134,15 @@ class GrowingCatalogue(PublishedRecommender):
         self._grow(n_rows, table.n_rows, [{} for _ in range(n_new)], seed=0)
         return table
 
+    def _refuse_cut(self) -> None:
+        if self.vocab_shards is not None:
+            raise ArgumentError(
+                "model",
+                f"vocabulary cut over {self.vocab_shards.world_size} processes",
+                "only a whole one grows",
+                "Save it, load it in one process, and grow it there",
+            )
+
     def _added_before(self, tokenizer: ItemTokenizer, items: Sequence[Item]) -> bool:
         """Return whether `items` are those that the tokenizer has and the model has no rows for."""
         n_rows = self.config.vocab_size
@@ -150,6 +160,7 @@ class GrowingCatalogue(PublishedRecommender):
 
     def _grow(self, n_rows: int, first: int, neighbours: Neighbours, seed: int) -> None:
         """Grow table, output rows and biases; whatever may fail fails before anything changes."""
+        self._refuse_cut()
         table, head = self.get_input_embeddings(), self.item_head
         n_before = self.config.vocab_size
         if isinstance(table, COMPRESSED):

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -18,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.errors import ArgumentError, DataError
+from hf_rece.errors import ArgumentError, DataError, HfReceError
 
 SOURCE = "pretrained_model_name_or_path"
 _OPTIONS = (
@@ -58,6 +60,49 @@ def check_is_recommender(source: str, model_type: str, hub: Mapping[str, Any]) -
     )
 
 
+@contextmanager
+def damaged_settings(source: str, file: str) -> Iterator[None]:
+    """Turn whatever transformers raises over the values of a damaged JSON file into one message.
+
+    Args:
+        source: folder or Hub id.
+        file: that is being read, and nothing else.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        yield
+    except HfReceError:
+        raise
+    except (
+        ValueError, TypeError, LookupError, AttributeError, OverflowError, StrictDataclassError
+    ) as error:  # fmt: skip
+        raise DataError(
+            f"{source}, {file}",
+            f"damaged, or written by hand ({_first_line(error)})",
+            "Copy or download it again, or save the model again",
+        ) from error
+
+
+def check_config(source: str, config_class: type[PreTrainedConfig], hub: Mapping[str, Any]) -> None:
+    """Check that a recommender's configuration can be read.
+
+    Args:
+        source: folder or Hub id.
+        config_class: of the recommender.
+        hub: as hub_options returns them.
+
+    Raises:
+        ArgumentError: for a setting that the configuration refuses.
+        DataError: for a file that is damaged.
+    """
+    with damaged_settings(source, CONFIG_NAME):
+        config = config_class.from_pretrained(source, **hub)
+        if not isinstance(config.dtype, torch.dtype | str | None):
+            raise TypeError(f"dtype is {config.dtype!r}")
+
+
 def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
     """Check that a model has a row for each item.
 
@@ -83,7 +128,8 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
 
     Raises:
         ArgumentError: for a repository or revision that is not there or not to be read.
-        DataError: for weights that are damaged, or do not fit the configuration.
+        DataError: for weights that are damaged, or do not fit the configuration, and for a
+            configuration that is not JSON.
     """
     try:
         yield
@@ -110,6 +156,12 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
                 "no such folder, and no such repository that you may read on the Hub",
                 "Check the name; for a private repository log in with `hf auth login`, or pass "
                 "token=...",
+            ) from error
+        if "not a valid JSON file" in str(error):
+            raise DataError(
+                f"{source}, {CONFIG_NAME}",
+                "not JSON: damaged or cut short",
+                "Copy or download it again, from the Hub with force_download=True",
             ) from error
         raise
     except RuntimeError as error:

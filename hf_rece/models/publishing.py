@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -25,16 +26,18 @@ from transformers.utils.hub import cached_file
 
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.errors import HubError
+from hf_rece.errors import ArgumentError, HubError
 from hf_rece.models.loading import (
+    check_config,
     check_is_recommender,
     check_sizes,
     clear_loading_errors,
+    damaged_settings,
     hub_options,
 )
 from hf_rece.models.recommender_card import recommender_card
 from hf_rece.models.recommender_config import RecommenderConfig
-from hf_rece.models.sparse_checkpoint import SparseCheckpoints
+from hf_rece.models.sharded_checkpoint import ShardedCheckpoints, weight_files
 from hf_rece.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ _PUSH_OPTIONS = (
 )  # fmt: skip
 
 
-class PublishedRecommender(SparseCheckpoints):
+class PublishedRecommender(ShardedCheckpoints):
     """Base of RecommenderModel: saves and loads the tokenizer and a model card with the weights."""
 
     config: RecommenderConfig
@@ -66,6 +69,8 @@ class PublishedRecommender(SparseCheckpoints):
             save_directory: folder; its name is the model's in the card.
             **kwargs: as PreTrainedModel's; with push_to_hub=True also those of push_to_hub.
         """
+        if self.vocab_shards is not None:
+            kwargs["is_main_process"] = self.vocab_shards.rank == 0
         pushes = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
         self._save_without_card(save_directory, **kwargs)
@@ -128,6 +133,9 @@ class PublishedRecommender(SparseCheckpoints):
         Raises:
             HubError: if the Hub refuses; then nothing is published.
         """
+        if self.vocab_shards is not None and self.vocab_shards.rank:
+            self._save_without_card("", is_main_process=False)  # sends its rows
+            return None
         api = HfApi(library_name="hf_rece", library_version=__version__, token=token)
         more = [tags] if isinstance(tags, str) else list(tags or [])
         with clear_upload_errors(repo_id), TemporaryDirectory() as folder:
@@ -156,12 +164,13 @@ class PublishedRecommender(SparseCheckpoints):
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *args: as PreTrainedModel's.
-            **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others.
+            **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others. With
+                vocab_parallel=True each process reads the rows of its classes alone.
 
         Raises:
             ArgumentError: if there is no such repository or revision, if it holds another model, or
                 more items than the model has rows.
-            DataError: if weights are damaged, or do not fit the configuration.
+            DataError: if a file is damaged, or the weights do not fit the configuration.
         """
         if pretrained_model_name_or_path is None:  # from a configuration and weights at hand
             return super().from_pretrained(None, *args, **kwargs)
@@ -170,13 +179,40 @@ class PublishedRecommender(SparseCheckpoints):
         with clear_loading_errors(source, hub):
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
-            model = super().from_pretrained(source, *args, **kwargs)
+                check_config(source, cls.config_class, hub)
+            if kwargs.pop("vocab_parallel", False):
+                model: Self = cls._cut(source, kwargs, hub)
+            else:
+                model = super().from_pretrained(source, *args, **kwargs)
             loaded = model[0] if isinstance(model, tuple) else model
             items_file = ItemTokenizer.vocab_files_names["items_file"]
             if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
-                loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
+                with damaged_settings(source, "tokenizer_config.json or items.json"):
+                    loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
         return model
+
+    @classmethod
+    def _cut(cls, source: str, given: Mapping[str, Any], hub: Mapping[str, Any]) -> Any:
+        """Load a model whose vocabulary is cut over processes, or a whole one where there is one.
+
+        Raises:
+            ArgumentError: for arguments that this way of loading does not know.
+        """
+        known = {"config", "dtype", "use_safetensors", *hub}
+        if unknown := sorted(given.keys() - known):
+            raise ArgumentError(
+                "vocab_parallel", True, f"does not go with {', '.join(unknown)}", "Leave them out"
+            )
+        config = given.get("config") or cls.config_class.from_pretrained(source, **hub)
+        model = cls(config, vocab_parallel=True)
+        if model.vocab_shards is None:
+            return super().from_pretrained(source, **given)
+        dtype = given.get("dtype") or config.dtype
+        if isinstance(dtype, torch.dtype):
+            model = model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        model.load_weights(source, weight_files(source, hub))
+        return model.eval()
 
 
 def _operations(

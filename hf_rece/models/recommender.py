@@ -21,6 +21,15 @@ from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
 from hf_rece.models.recommendation import RecommenderOutput
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.recommending import Recommending
+from hf_rece.models.vocab_parallel import (
+    SHARDED,
+    initialise_sharded,
+    keep_own_rows,
+    rank_of_own,
+    sharded_layers,
+    shards_of_all_processes,
+)
+from hf_rece.ops.shards import ShardedRows
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 # Knobs that change what the model's probabilities are, rather than how they are estimated.
@@ -50,29 +59,55 @@ class RecommenderModel(Recommending):
     _supports_attention_backend = True
     _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
 
-    def __init__(self, config: RecommenderConfig) -> None:
+    def __init__(self, config: RecommenderConfig, *, vocab_parallel: bool = False) -> None:
         super().__init__(config)
-        tables = item_tables(config)
+        self.vocab_shards = shards_of_all_processes(config) if vocab_parallel else None
+        tables: Any = item_tables(config)
+        if self.vocab_shards is not None:
+            tables = sharded_layers(config, self.vocab_shards)
         self.backbone = make_backbone(config.backbone, own_table=tables is None)
         if tables is None:
             self.item_head: nn.Module = nn.Linear(
                 config.hidden_size, config.vocab_size, bias=config.output_bias
             )
+        else:
+            table, self.item_head = tables
+            self.backbone.set_input_embeddings(table)
+        if not isinstance(self.item_head, TableHead):
             self._tied_weights_keys = {
                 "item_head.weight": f"backbone.{name_of_embeddings(self.backbone)}.weight"
             }
             if config.tie_word_embeddings:
                 self._keys_to_ignore_on_save = {"item_head.weight"}
-        else:
-            table, self.item_head = tables
-            self.backbone.set_input_embeddings(table)
         self.tokenizer: ItemTokenizer | None = None
         self.post_init()
 
     @torch.no_grad()
+    def cut_vocabulary(self) -> None:
+        """Cut a whole vocabulary over all processes, in place: each keeps its own rows. Collective.
+
+        The same model in all processes. RecommenderModel(config, vocab_parallel=True) never makes
+        the whole. Does nothing where the vocabulary is cut already, or there is one process.
+
+        Raises:
+            ArgumentError: for a compressed table, row-sparse gradients, an output layer with an
+                adapter, or fewer rows than processes.
+        """
+        shards = None if self.vocab_shards else shards_of_all_processes(self.config)
+        if shards is None:
+            return
+        table, head = self.get_input_embeddings(), self.item_head
+        layers = sharded_layers(self.config, shards)
+        keep_own_rows(table, head, layers)
+        self.backbone.set_input_embeddings(layers[0])
+        self.item_head, self.vocab_shards = layers[1], shards
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config.backbone, "initializer_range", 0.02)
-        if isinstance(module, COMPRESSED):
+        if isinstance(module, SHARDED):
+            initialise_sharded(module, std, tied=self.config.tie_word_embeddings)
+        elif isinstance(module, COMPRESSED):
             initialise_table(module, std)
         elif module is self.item_head:
             if isinstance(module, nn.Linear):
@@ -85,14 +120,15 @@ class RecommenderModel(Recommending):
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint has filled; the backbone does not know its new table."""
         super().initialize_weights()
-        if isinstance(self.get_input_embeddings(), COMPRESSED):
+        if isinstance(self.get_input_embeddings(), (*COMPRESSED, *SHARDED)):
             self._init_weights(self.get_input_embeddings())
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Codes and signatures: every process has them, and DDP cannot send int16."""
+        """Codes and signatures: every process has them, and DDP cannot send int16. Own rows."""
         return [
-            name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))
+            *(name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))),
+            *self.names_of_own_rows(),
         ]
 
     def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
@@ -195,7 +231,11 @@ class RecommenderModel(Recommending):
             **shaping,
         )
         output = RecommenderOutput(losses=losses)
-        if rank_k is not None:
+        if rank_k is not None and isinstance(terms.rows, ShardedRows):
+            output.greater, output.tied, output.topk_ids = rank_of_own(
+                terms, targets, rank_k, excluded, seen
+            )
+        elif rank_k is not None:
             search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
             output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
             output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]

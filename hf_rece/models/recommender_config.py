@@ -11,6 +11,7 @@ from hf_rece.data.item_tokenizer import PAD_ID
 from hf_rece.embeddings.item_table import DenseTable, item_table_settings
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
+from hf_rece.losses.checks import check_between
 from hf_rece.models.backbone import as_backbone
 
 
@@ -32,8 +33,8 @@ class RecommenderConfig(PreTrainedConfig):
             RecommenderTrainer.
 
     Raises:
-        ArgumentError: for an unknown loss, knob, table or setting, a reduction other than "mean",
-            or a backbone that is no decoder.
+        ArgumentError: for a value out of range, an unknown loss, knob, table or setting, a
+            reduction other than "mean", or a backbone that is no decoder.
     """
 
     model_type = "hf_rece_recommender"
@@ -50,6 +51,14 @@ class RecommenderConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_between("vocab_size", self.vocab_size, 1)
+        if self.pad_token_id is not None:
+            check_between("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        for name in ("loss_kwargs", "training_run"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ArgumentError(
+                    name, getattr(self, name), "no dictionary", "Pass one, or None for none"
+                )
         self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
         table = item_table_settings(self.item_embedding)
         knobs = self.loss_kwargs or {}

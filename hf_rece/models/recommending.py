@@ -21,6 +21,7 @@ from hf_rece.models.recommendation import (
     known_ids,
     named_recommendations,
 )
+from hf_rece.models.vocab_parallel import check_same_question
 from hf_rece.ops.topk import streamed_topk
 
 _ITEMS_AT_ONCE = 65_536
@@ -58,6 +59,9 @@ class Recommending(GrowingCatalogue):
     ) -> list[list[Recommendation]]:
         """Return the k best next items of each history, best first, in the user's own item ids.
 
+        With a vocabulary that is cut over processes, all of them ask the same and get the same
+        answer; so with user_vectors and item_vectors.
+
         Items that the model does not know are left out of a history, with one warning that names
         them. A history without a known item gets an empty answer.
 
@@ -78,6 +82,10 @@ class Recommending(GrowingCatalogue):
             DataError: if an allowed item is unknown.
         """
         tokenizer = self.own_tokenizer()
+        self._ask_together(
+            histories=histories,
+            limits=(k, filter_seen, allowed_items, denied_items, batch_size),
+        )
         _at_least_one(k=k, batch_size=batch_size)
         known = known_histories(tokenizer, histories)
         allowed, denied = self._limits(tokenizer, allowed_items, denied_items)
@@ -115,6 +123,7 @@ class Recommending(GrowingCatalogue):
             ArgumentError: as recommend.
         """
         tokenizer = self.own_tokenizer()
+        self._ask_together(histories=histories, batch_size=batch_size)
         _at_least_one(batch_size=batch_size)
         known = known_histories(tokenizer, histories)
         empty = self.output_terms().hidden
@@ -142,6 +151,7 @@ class Recommending(GrowingCatalogue):
             DataError: naming items that are unknown.
         """
         tokenizer = self.own_tokenizer()
+        self._ask_together(items=items)
         rows = self.output_terms().rows
         ids = torch.arange(1, len(tokenizer), device=self.device)
         if items is not None:
@@ -184,6 +194,10 @@ class Recommending(GrowingCatalogue):
             )
         check_sizes(self.tokenizer, self.config.vocab_size)
         return self.tokenizer
+
+    def _ask_together(self, **question: Any) -> None:
+        """Raise ArgumentError if the vocabulary is cut over processes that ask different things."""
+        check_same_question(self.vocab_shards, self.device, **question)
 
     def _limits(
         self,

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rece.errors import ArgumentError
+from hf_rece.losses.checks import check_between
 
 
 @strict
@@ -41,7 +42,8 @@ class SASRecConfig(PreTrainedConfig):
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: if heads do not divide the width, or hidden_act is unknown.
+        ArgumentError: for sizes out of range, if heads do not divide the width, or hidden_act is
+            unknown.
     """
 
     model_type = "hf_rece_sasrec"
@@ -64,6 +66,12 @@ class SASRecConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name, least in _AT_LEAST.items():
+            check_between(name, getattr(self, name), least)
+        if self.intermediate_size is not None:
+            check_between("intermediate_size", self.intermediate_size, 1)
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
+            raise ArgumentError("dropout", self.dropout, "no probability", "Pass 0 to 1")
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(
                 "num_attention_heads",
@@ -75,6 +83,13 @@ class SASRecConfig(PreTrainedConfig):
             raise ArgumentError("hidden_act", self.hidden_act, "unknown", "Pass gelu or relu")
 
 
+_AT_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 1,
+}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 

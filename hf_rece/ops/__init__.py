@@ -12,6 +12,8 @@ How a loss over C classes is computed without its (N, C) logits:
     stream   walk the plan tile by tile: score, reduce, forget                   stream.py
     merge    fold each tile into its tokens' running value                       stream_torch.py,
              or the same on a GPU, in kernels that keep a tile on the chip       stream_triton.py
+             or on a CPU, for narrow float32 rows, in C++ (kernels.cpp)          stream_native.py,
+             then of processes, each of which scored its own classes             vocab_parallel.py
 
 A plan is a handful of grids (plan.py). A grid is G groups of (n tokens) x (m classes), so a tile is
 one batched matrix product. Merging is associative: tiles, rounds and processes are all folded the

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.rows import OutputRows, gradient_buffers
+from hf_rece.ops.shards import ShardedRows
 
 
 def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
     """Return the rows (..., D) of ids (...).
+
+    Over ShardedRows each process asks for ids of its own, by three messages and three backward.
 
     Args:
         rows: C rows of width D.
@@ -22,6 +25,13 @@ def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
         ArgumentError: for an id out of range, on a CPU; elsewhere the device says so.
     """
     flat = ids.reshape(-1).long()
+    if not isinstance(rows, ShardedRows):  # these tell all processes
+        _check(rows, flat)
+    found: Tensor = _Lookup.apply(rows, flat, *rows.tensors())
+    return found.view(*ids.shape, rows.width)
+
+
+def _check(rows: OutputRows, flat: Tensor) -> None:
     if flat.device.type == "cuda":  # composed and hashed rows answer any id
         torch._assert_async(((flat >= 0) & (flat < rows.n_rows)).all())
     if flat.numel() and not flat.is_meta and flat.device.type == "cpu":
@@ -33,8 +43,6 @@ def lookup(rows: OutputRows, ids: Tensor) -> Tensor:
                 f"smallest and largest id, but the table has {rows.n_rows} rows",
                 f"Pass ids from 0 to {rows.n_rows - 1}, or make a larger table",
             )
-    found: Tensor = _Lookup.apply(rows, flat, *rows.tensors())
-    return found.view(*ids.shape, rows.width)
 
 
 class _Lookup(torch.autograd.Function):

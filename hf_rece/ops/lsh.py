@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_rece.ops import native
 from hf_rece.ops.products import product
-from hf_rece.ops.rows import OutputRows, accumulation_dtype
+from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
+from hf_rece.ops.shards import ShardedRows
 
 _LANE = 32
 
@@ -68,11 +70,18 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
         vectors: K rows of width D.
         directions: (B, D); a vector's bucket is argmax over b of <directions[b], vector>.
         tile_bytes: bytes of one tile of inner products.
+
+    Each process hashes its own shard of ShardedRows, and is told the buckets of the others.
     """
+    if isinstance(vectors, ShardedRows):
+        own = buckets(vectors.local, directions, tile_bytes)
+        return vectors.shards.join(own, vectors.shards.sizes)
     n_buckets = len(directions)
+    dtype = torch.int16 if n_buckets < 2**15 else torch.int32
+    if type(vectors) is DenseRows and native.serves(vectors.weight, directions):
+        return native.nearest(vectors.weight, directions).to(dtype)
     # Half a tile: the maximum is taken while the scores are still near the processor.
     step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
-    dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     # Whole lanes of vector instructions: repeated directions change no maximum.
     padded = directions[

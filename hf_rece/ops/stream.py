@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
-from hf_rece.ops import stream_torch
+from hf_rece.ops import native, stream_native, stream_torch
 from hf_rece.ops.plan import Plan
 from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
 from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "native", "triton"]
+BACKENDS = ("auto", "torch", "native", "triton")
 
 
 class Kernel(Protocol):
@@ -45,7 +45,9 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
 
     Args:
         backend: "auto" takes "triton" for hidden states on an NVIDIA GPU that multiplies matrices
-            in bfloat16, where Triton is installed, else "torch". float64 is always left to "torch".
+            in bfloat16, where Triton is installed, and "native" on a CPU that has a compiler, else
+            "torch". float64 is always left to "torch"; so is, by "native", all but float32 rows of
+            at most 256 numbers, stored as they are.
         hidden: (N, D), for its device and dtype.
         rows: for their dtype.
 
@@ -57,6 +59,8 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
             "backend", backend, "no such backend", f"Pass one of {', '.join(BACKENDS)}"
         )
     is_double = torch.float64 in (hidden.dtype, *(tensor.dtype for tensor in rows.tensors()))
+    if backend == "native" or (backend == "auto" and hidden.device.type == "cpu"):
+        return _native_kernel(backend, hidden, rows)
     if backend == "torch" or is_double or (backend == "auto" and not _has_fast_gpu(hidden)):
         return cast(Kernel, stream_torch)
     if find_spec("triton") is None:
@@ -75,6 +79,23 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
             "Move them to a GPU, pass 'auto', or set TRITON_INTERPRET=1 before the import to debug",
         )
     return cast(Kernel, kernel)
+
+
+def _native_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
+    if stream_native.serves(hidden, rows):
+        return cast(Kernel, stream_native)
+    if backend == "native" and hidden.device.type != "cpu":
+        raise ArgumentError(
+            "backend", backend, f"the hidden states are on {hidden.device.type!r}", "Pass 'auto'"
+        )
+    if backend == "native" and native.library() is None:
+        raise ArgumentError(
+            "backend",
+            backend,
+            "its kernels are compiled by the machine's C++ compiler, on Linux, and were not",
+            "Install g++, or pass 'auto', which does without",
+        )
+    return cast(Kernel, stream_torch)
 
 
 def _has_fast_gpu(hidden: Tensor) -> bool:
@@ -203,7 +224,9 @@ class _Stream(torch.autograd.Function):
         into = Gradients(
             hidden=gradient_buffer(hidden) if wants_hidden else None,
             rows=gradient_buffers(tensors, wants_rows),
-            bias=gradient_buffer(bias) if wants_bias else None,
+            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
+            if wants_bias
+            else None,
         )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
         with torch.autocast(hidden.device.type, enabled=False):

@@ -171,7 +171,8 @@ def _mean_logit(exponentials: Tensor, top: Tensor, total: Tensor, tile: Tile) ->
     if tile.token_log_weight is not None:
         mean -= tile.token_log_weight
     if tile.class_log_weight is not None:
-        mean -= torch.linalg.vecdot(exponentials, tile.class_log_weight.unsqueeze(1)) / total
+        weights = tile.class_log_weight.to(exponentials.dtype).unsqueeze(1)
+        mean -= torch.linalg.vecdot(exponentials, weights) / total
     return mean.masked_fill_(total == 0, 0)
 
 
@@ -262,7 +263,7 @@ def backward(
     """
     shift = _shift(merged, plan)
     if winner is not None:
-        plan = _winners_only(plan, winner)
+        plan = winners_only(plan, winner)
     for tile in walk(plan, scores.rows.width):
         # A call of its own, so that nothing of a tile outlives it.
         _backward_tile(scores, plan, tile, shift, winner, grad, into)
@@ -294,7 +295,7 @@ def _shift(merged: Tensor, plan: Plan) -> Tensor:
     return shift
 
 
-def _winners_only(plan: Plan, winner: Tensor) -> Plan:
+def winners_only(plan: Plan, winner: Tensor) -> Plan:
     """Return the plan without the tokens of groups that lost: their gradient is zero."""
     grids, first_group = [], 0
     for grid in plan.grids:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import native
+from hf_rece.ops.best_of import BestOf
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
-from hf_rece.ops.rows import OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
+from hf_rece.ops.shards import ShardedRows, VocabShards
 
-# A row's new candidates are cheaper to pick out one by one than to sort, up to this share of a
-# tile.
-_SPARSE_SHARE = 1 / 16
 _QUERIES = 256
 # A first threshold from a sample spares the hits that later classes push out again.
 _SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
+_HIT_BYTES = 12
 
 
 def streamed_topk(
@@ -34,6 +35,9 @@ def streamed_topk(
     tile_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k classes with the largest scores <h, w> + b of each hidden state, best first.
+
+    Over ShardedRows every process asks for the same hidden states and gets the same answer, by two
+    messages whatever the data; bias is the process's own part.
 
     Args:
         hidden: (N, D) floating point.
@@ -59,7 +63,20 @@ def streamed_topk(
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
     best = [_best_of(search, queries, k) for queries in search.query_blocks()]
-    return torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    scores, ids = torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
+    return (scores, ids) if search.shards is None else _best_of_all(scores, ids, search.shards)
+
+
+def _best_of_all(scores: Tensor, ids: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
+    """Return the best of all processes' scores (N, k), and their classes (N, k)."""
+    sizes, k = [len(scores)] * shards.world_size, scores.shape[1]
+    ids = torch.where(ids < 0, ids, ids + shards.first)
+    # (W N, k) -> (N, W k)
+    every, classes = (
+        torch.cat(shards.join(part, sizes).split(len(scores)), dim=1) for part in (scores, ids)
+    )
+    best, place = every.topk(k, dim=1)
+    return best, classes.gather(1, place)
 
 
 def label_rank(
@@ -75,7 +92,8 @@ def label_rank(
     """Count the classes that are scored above each label, and those tied with it.
 
     The label's rank is `greater + 1` when nothing is tied. Scores closer than the rounding error of
-    their inner products count as tied, so that equal rows tie whatever tile they fall in.
+    their inner products count as tied, so that equal rows tie whatever tile they fall in. Over
+    ShardedRows as streamed_topk.
 
     Args:
         hidden: (N, D) floating point.
@@ -98,12 +116,15 @@ def label_rank(
         O(N) plus one tile.
     """
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, None, tile_bytes)
-    _check_ids("labels", labels, search.rows.n_rows, padding=False)
-    own_rows = search.rows.rows(labels).to(search.dtype)
+    rows: OutputRows = as_output_rows(weight)
+    _check_ids("labels", labels, rows.n_rows, padding=False)
+    own_rows = rows.rows(labels).to(search.dtype)
     states = hidden.to(search.dtype)
     own = torch.linalg.vecdot(states, own_rows)
     if bias is not None:
-        own += bias[labels].to(search.dtype)
+        own += _of_labels(bias, labels, search.shards).to(search.dtype)
+    if search.shards is not None:
+        labels = search.shards.localise(labels, -1)
     # The error of an inner product is bounded by eps times the product of the norms.
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
     greater = torch.zeros_like(labels)
@@ -118,15 +139,26 @@ def label_rank(
             n_above = (tile > above).sum(1)
             greater[queries] += n_above
             tied[queries] += (tile >= below).sum(1) - n_above
+    if search.shards is not None:
+        greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
     return greater, tied
+
+
+def _of_labels(bias: Tensor, labels: Tensor, shards: VocabShards | None) -> Tensor:
+    """Return the bias (N,) of each label."""
+    if shards is None:
+        return bias[labels]
+    own = bias[shards.localise(labels, 0)]
+    return shards.sum(own.masked_fill(~shards.is_local(labels), 0))
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Everything that a scan over the classes needs, checked."""
+    """Everything that a scan over the classes needs, checked; of a shard, with its own ids."""
 
     hidden: Tensor
     rows: OutputRows
+    shards: VocabShards | None
     bias: Tensor | None
     excluded_ids: Tensor | None
     seen_ids: Tensor | None
@@ -145,7 +177,7 @@ class _Search:
         allowed_ids: Tensor | None,
         tile_bytes: int | None,
     ) -> _Search:
-        rows = as_output_rows(weight)
+        rows: OutputRows = as_output_rows(weight)
         if hidden.dim() != 2 or hidden.shape[1] != rows.width:
             raise ArgumentError(
                 "hidden",
@@ -167,7 +199,15 @@ class _Search:
             _check_ids("seen_ids", seen_ids, rows.n_rows, padding=True)
         budget = resolve_tile_bytes(tile_bytes, hidden.device)
         dtype = accumulation_dtype(hidden.dtype)
-        return cls(hidden, rows, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
+        shards = None
+        if isinstance(rows, ShardedRows):
+            shards, rows = rows.shards, rows.local
+            seen_ids = None if seen_ids is None else shards.localise(seen_ids, -1)
+            excluded_ids, allowed_ids = (
+                None if ids is None else ids[shards.is_local(ids)] - shards.first
+                for ids in (excluded_ids, allowed_ids)
+            )
+        return cls(hidden, rows, shards, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
 
     def query_blocks(self) -> Iterator[slice]:
         """Yield the hidden states in blocks: few, so that a tile spans many classes."""
@@ -181,7 +221,7 @@ class _Search:
         width = self.rows.width
         n_queries = queries.stop - queries.start
         step = max(self.tile_bytes // (4 * (n_queries + width)), MIN_TILE_SIDE)
-        step += -step % 8  # see _places
+        step += -step % 8  # see best_of.py
         hidden = self.hidden[queries].to(self.dtype)
         for start in range(0, n_classes, step):
             columns = slice(start, min(start + step, n_classes))
@@ -198,9 +238,7 @@ class _Search:
         None where a sample would not pay.
         """
         n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
-        stride = max(_SAMPLED_ONE_IN, n_classes // _SAMPLE)
-        # Four standard deviations above the mean of a Poisson count.
-        rank = math.ceil(k / stride + 4 * math.sqrt(k / stride) + 4)
+        stride, rank = _sampling(n_classes, k)
         if rank * _WORTH_SAMPLING > n_classes // stride:
             return None
         sample = torch.arange(0, n_classes, stride, device=self.hidden.device)
@@ -208,6 +246,35 @@ class _Search:
             sample = self.allowed_ids[sample]
         tiles = [tile for _, tile in replace(self, allowed_ids=sample).tiles(queries)]
         return torch.cat(tiles, dim=1).topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+    def native_hits(
+        self, queries: slice, k: int, threshold: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return scores (n, m) and ids (n, m) of what is above the threshold, by C++ kernels.
+
+        None where these do not serve, or found more than likely_threshold lets expect.
+        """
+        if (
+            self.allowed_ids is not None
+            or type(self.rows) is not DenseRows
+            or not native.serves(self.hidden, self.rows.weight)
+            or not serves_search(queries.stop - queries.start, self.rows.n_rows, k, self.tile_bytes)
+        ):
+            return None
+        capacity = hit_capacity(self.rows.n_rows, k)
+        bias = None if self.bias is None else self.bias.to(self.dtype).contiguous()
+        hits = native.search(self.hidden[queries], self.rows.weight, bias, threshold, capacity)
+        if hits is None:
+            return None
+        scores, ids = hits
+        if self.excluded_ids is not None:
+            scores.masked_fill_(torch.isin(ids, self.excluded_ids), -torch.inf)
+        if self.seen_ids is not None:
+            seen = self.seen_ids[queries].contiguous()
+            place = torch.searchsorted(ids, seen).clamp_(max=capacity - 1)
+            row, column = (ids.gather(1, place) == seen).nonzero().unbind(1)
+            scores[row, place[row, column]] = -torch.inf
+        return hits
 
     def _columns(self, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.hidden.device
@@ -239,96 +306,41 @@ class _Search:
 def _best_of(search: _Search, queries: slice, k: int) -> tuple[Tensor, Tensor]:
     """Return scores (n, k) and ids (n, k) of a block of queries, best first."""
     for threshold in (search.likely_threshold(queries, k), None):
-        best = _BestOf.make(k, search, queries, threshold)
-        for classes, tile in search.tiles(queries):
-            best.add(classes, tile)
-        scores, ids = best.sorted()
+        hits = None if threshold is None else search.native_hits(queries, k, threshold)
+        if hits is None:
+            states = search.hidden[queries].to(search.dtype)
+            best = BestOf.none((len(states), k), states, threshold)
+            for classes, tile in search.tiles(queries):
+                best.add(classes, tile)
+            scores, ids = best.sorted()
+        else:
+            scores, place = hits[0].topk(k, dim=1)
+            ids = hits[1].gather(1, place).masked_fill_(scores == -torch.inf, -1)
         # With k scores above its threshold, a query has missed nothing.
         if threshold is None or bool((scores[:, -1] > -torch.inf).all()):
             break
     return scores, ids
 
 
-@dataclass
-class _BestOf:
-    """The k best classes of a block of n queries so far, and later hits not yet sorted in.
-
-    Hits are collected and folded k at a time: a fold costs as much as a scan of many tiles.
-    """
-
-    scores: Tensor  # (n, k)
-    ids: Tensor  # (n, k)
-    threshold: Tensor  # (n, 1): only larger scores can still enter
-    pending: list[tuple[Tensor, Tensor]]
-    n_pending: int = 0
-
-    @classmethod
-    def make(cls, k: int, search: _Search, queries: slice, threshold: Tensor | None) -> _BestOf:
-        shape = (queries.stop - queries.start, k)
-        device = search.hidden.device
-        scores = torch.full(shape, -torch.inf, dtype=search.dtype, device=device)
-        ids = torch.full(shape, -1, dtype=torch.long, device=device)
-        return cls(scores, ids, scores[:, :1].clone() if threshold is None else threshold, [])
-
-    def add(self, classes: Tensor, tile: Tensor) -> None:
-        """Take note of the tile's scores (n, m) of the classes (m,)."""
-        mask = tile > self.threshold
-        n_hits = int(mask.count_nonzero())
-        if n_hits == 0:
-            return
-        k = self.scores.shape[1]
-        if n_hits > _SPARSE_SHARE * tile.numel():
-            scores, place = tile.topk(min(k, tile.shape[1]), dim=1, sorted=False)
-            ids = classes[place].masked_fill_(scores == -torch.inf, -1)
-        else:
-            scores, ids = _gather_hits(tile, classes, *_places(mask))
-        self.pending.append((scores, ids))
-        self.n_pending += scores.shape[1]
-        if self.n_pending >= k:
-            self._fold()
-
-    def _fold(self) -> None:
-        scores = torch.cat([self.scores, *(scores for scores, _ in self.pending)], dim=1)
-        ids = torch.cat([self.ids, *(ids for _, ids in self.pending)], dim=1)
-        self.scores, place = scores.topk(self.scores.shape[1], dim=1, sorted=False)
-        self.ids = ids.gather(1, place)
-        self.threshold = torch.maximum(self.threshold, self.scores.amin(1, keepdim=True))
-        self.pending, self.n_pending = [], 0
-
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Return scores (n, k) and class ids (n, k), best first."""
-        if self.pending:
-            self._fold()
-        scores, order = self.scores.sort(dim=1, descending=True)
-        return scores, self.ids.gather(1, order)
+def _sampling(n_classes: int, k: int) -> tuple[int, int]:
+    """Return one in how many classes to sample, and the rank of the sample's threshold."""
+    stride = max(_SAMPLED_ONE_IN, n_classes // _SAMPLE)
+    # Four standard deviations above the mean of a Poisson count.
+    return stride, math.ceil(k / stride + 4 * math.sqrt(k / stride) + 4)
 
 
-def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row and column of each True in a contiguous (n, m) mask, in order."""
-    if mask.numel() % 8:
-        row, column = mask.nonzero().unbind(1)
-        return row, column
-    # Hits are rare: eight entries are looked at as one integer.
-    eights = mask.view(-1, 8)
-    hit = eights.view(torch.int64).view(-1).nonzero()[:, 0]
-    inner = eights[hit].nonzero()
-    place = hit[inner[:, 0]] * 8 + inner[:, 1]
-    return place // mask.shape[1], place % mask.shape[1]
+def hit_capacity(n_classes: int, k: int) -> int:
+    """Return for how many hits of a query native.search has room."""
+    stride, rank = _sampling(n_classes, k)
+    # Six standard deviations above the mean of what a sample of that rank leaves above itself.
+    return stride * (rank + math.ceil(6 * math.sqrt(rank)) + 6)
 
 
-def _gather_hits(
-    tile: Tensor, classes: Tensor, row: Tensor, column: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the hits of each row of the tile side by side, padded with (-inf, -1)."""
-    n_hits = torch.bincount(row, minlength=len(tile))
-    first = n_hits.cumsum(0) - n_hits
-    place = torch.arange(len(row), device=row.device) - first[row]
-    width = int(n_hits.max())
-    scores = tile.new_full((len(tile), width), -torch.inf)
-    ids = torch.full((len(tile), width), -1, dtype=torch.long, device=tile.device)
-    scores[row, place] = tile[row, column]
-    ids[row, place] = classes[column]
-    return scores, ids
+def serves_search(n_queries: int, n_classes: int, k: int, tile_bytes: int) -> bool:
+    """Whether the hits of native.search take about a tile, not more."""
+    stride, rank = _sampling(n_classes, k)
+    pays = rank * _WORTH_SAMPLING <= n_classes // stride
+    return pays and n_queries * hit_capacity(n_classes, k) * _HIT_BYTES <= 2 * tile_bytes
 
 
 def _check_ids(name: str, ids: Tensor, n_classes: int, *, padding: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
+from hf_rece.serving.index_settings import IndexSettings, read_settings
 
 INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 
@@ -31,29 +32,6 @@ _FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
 _RANDOM_USERS, _RANDOM_ITEMS = 500, 10
 _PROBED_ROWS = 16
 _NORM_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """What is kept beside an index.
-
-    Args:
-        factory: the index in faiss's own notation.
-        effort: lists probed of an IVF index, or efSearch of HNSW; 0 for a scan.
-        oversampling: candidates fetched for each item wanted, then scored exactly.
-        recall: share of the exact top k that was found.
-        recall_k: the k of recall.
-        n_rows: C of the model.
-        norms: of a few item vectors, by which an index of other weights is told.
-    """
-
-    factory: str
-    effort: int
-    oversampling: int
-    recall: float
-    recall_k: int
-    n_rows: int
-    norms: list[float]
 
 
 class ItemIndex:
@@ -94,7 +72,7 @@ class ItemIndex:
     ) -> ItemIndex:
         """Return an index of the model's items; prints its recall@k against exact search.
 
-        The effort of a search is doubled until target_recall is reached on half of the histories;
+        The least effort of a search that reaches target_recall is found on half of the histories;
         the recall that is printed and kept is of the other half.
 
         Args:
@@ -181,9 +159,9 @@ class ItemIndex:
         """
         faiss = _faiss()
         try:
-            settings = json.loads((Path(folder) / SETTINGS_FILE).read_text("utf-8"))
+            settings = read_settings(Path(folder) / SETTINGS_FILE)
             index = faiss.read_index(str(Path(folder) / INDEX_FILE))
-            return cls(index, IndexSettings(**settings))
+            return cls(index, settings)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
@@ -194,23 +172,27 @@ class ItemIndex:
         """Return this index with the least effort that reaches the recall, and its recall."""
         settings = asdict(self.settings)
         k = min(settings.pop("recall_k"), settings["n_rows"] - 1)
-        exact = streamed_topk(
-            terms.hidden,
-            terms.rows,
-            k,
-            bias=terms.bias,
-            excluded_ids=torch.zeros(1, dtype=torch.long, device=terms.hidden.device),
-        )[1]
+        padding = torch.zeros(1, dtype=torch.long, device=terms.hidden.device)
+        exact = streamed_topk(terms.hidden, terms.rows, k, bias=terms.bias, excluded_ids=padding)[1]
         tune = torch.arange(len(exact)) % 2 == 0
         measure = ~tune if len(exact) > 1 else tune
-        effort, most = (1, _most_effort(self.index)) if _most_effort(self.index) else (0, 0)
-        while True:
-            settings |= {"effort": effort, "recall": 1.0}
-            found = ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
-            if effort >= most or found._recall(terms, exact, tune, k) >= target_recall:
-                break
+
+        def at(effort: int) -> ItemIndex:
+            return ItemIndex(self.index, IndexSettings(**settings | {"effort": effort}, recall_k=k))
+
+        def suffices(effort: int) -> bool:
+            return at(effort)._recall(terms, exact, tune, k) >= target_recall
+
+        settings["recall"] = 1.0
+        effort, most = min(1, _most_effort(self.index)), _most_effort(self.index)
+        while effort < most and not suffices(effort):
             effort = min(2 * effort, most)
-        settings["recall"] = round(found._recall(terms, exact, measure, k), 4)
+        too_little = effort // 2
+        while effort - too_little > max(1, effort // 16):
+            middle = (effort + too_little) // 2
+            too_little, effort = (too_little, middle) if suffices(middle) else (middle, effort)
+        settings["effort"] = effort
+        settings["recall"] = round(at(effort)._recall(terms, exact, measure, k), 4)
         return ItemIndex(self.index, IndexSettings(**settings, recall_k=k))
 
     def _recall(self, terms: OutputTerms, exact: Tensor, chosen: Tensor, k: int) -> float:
@@ -230,9 +212,9 @@ class ItemIndex:
 
     def _check(self, terms: OutputTerms) -> None:
         settings = self.settings
-        same = terms.rows.n_rows == settings.n_rows and np.allclose(
-            _norms(terms), settings.norms, rtol=_NORM_TOLERANCE
-        )
+        norms = _norms(terms)
+        same = terms.rows.n_rows == settings.n_rows and len(norms) == len(settings.norms)
+        same = same and np.allclose(norms, settings.norms, rtol=_NORM_TOLERANCE)
         if not same:
             raise ArgumentError(
                 "index",

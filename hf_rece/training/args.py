@@ -107,6 +107,13 @@ class RecommenderTrainingArguments(LargeVocabTrainingArguments):
     filter_seen: bool = field(
         default=True, metadata={"help": "Leave items of the history out of the ranking."}
     )
+    vocab_parallel: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut item vectors, their gradients and optimizer state over the processes: "
+            "each holds its own share of the catalogue."
+        },
+    )
     # The collator reads item_ids and target_id, which are no arguments of the model.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the model does not take."}

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from hf_rece.errors import ArgumentError
 from hf_rece.head import find_head
-from hf_rece.training.publishing import Publishing
+from hf_rece.training.reporting import Reporting
 
 # What is summed over the tokens of a row of the batch.
 _SUMMED = ("loss", "entropy", "mean_token_accuracy")
@@ -46,7 +46,7 @@ def refuse_logits(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         )
 
 
-class ExactEvaluation(Publishing):
+class ExactEvaluation(Reporting):
     """Trainer that evaluates a model whose head is replaced, exactly and without logits.
 
     Evaluation reports, over all labelled tokens of the dataset, each once: loss, the exact

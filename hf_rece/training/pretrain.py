@@ -22,7 +22,7 @@ from hf_rece.data.text import load_text, token_blocks
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.training.args import LargeVocabTrainingArguments, json_object
 from hf_rece.training.publishing import LanguageModelFacts, readme_of_somebody
-from hf_rece.training.record import peak_mib
+from hf_rece.training.reporting import peak_mib
 from hf_rece.training.trainer import LargeVocabTrainer
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 from typing import Any
-
-import torch
 
 from hf_rece.card import Card
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_card import recommender_card
 from hf_rece.training.args import RecommenderTrainingArguments
-from hf_rece.training.publishing import Publishing
+from hf_rece.training.reporting import Reporting, device_name, n_rows, peak_mib
 
 
-class RecordedRun(Publishing):
+class RecordedRun(Reporting):
     """Trainer that writes data, cost and metrics of a run into config.training_run.
 
     They are saved with the model, and its card is made of them. A model of another class than
@@ -42,7 +37,7 @@ class RecordedRun(Publishing):
         result = super().train(*args, **kwargs)
         self.record(
             **data_facts(self.train_dataset),  # model_init may have made another model
-            sequences=_length(self.train_dataset),
+            sequences=n_rows(self.train_dataset),
             max_length=self.args.max_length,
             epochs=float(self.state.epoch or 0),
             steps=self.state.global_step,
@@ -125,23 +120,3 @@ def density_of(model: RecommenderModel) -> float | None:
     if not masks:
         return None
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-
-def device_name() -> str:
-    """Return what the model was trained on, as others would call it."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def peak_mib() -> float:
-    """Return the largest memory so far: of the accelerator if there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _length(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None

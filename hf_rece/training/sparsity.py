@@ -117,13 +117,14 @@ class DynamicSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse, before any work, what cannot be trained sparse."""
-        if args.fsdp or args.deepspeed:
-            raise ArgumentError(
-                "fsdp" if args.fsdp else "deepspeed",
-                args.fsdp or args.deepspeed,
-                "masks need whole weights in each process",
-                "Train with DDP, or leave DynamicSparsityCallback out",
-            )
+        for name in ("fsdp", "deepspeed", "vocab_parallel"):
+            if getattr(args, name, None):
+                raise ArgumentError(
+                    name,
+                    getattr(args, name),
+                    "masks need whole weights in each process",
+                    "Train with DDP, or leave DynamicSparsityCallback out",
+                )
         if has_sparse_gradients(kwargs["model"]):
             raise ArgumentError(
                 "sparse_grad",
@@ -218,11 +219,17 @@ class DynamicSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write density and the share of weights that were ever active into the history."""
-        if "loss" in kwargs.get("logs", {}) and self.masks:
-            n_weights = sum(weight.numel() for weight in self.weights.values())
-            for name, masks in (("density", self.masks), ("ever_active", self.ever_active)):
-                n_set = sum(int(mask.sum()) for mask in masks.values())
-                state.log_history[-1][name] = n_set / n_weights
+        if "loss" in kwargs.get("logs", {}):
+            state.log_history[-1].update(self.shares())
+
+    def shares(self) -> dict[str, float]:
+        """Return the density, and the share of weights that were ever active; none if not yet."""
+        n_weights = sum(weight.numel() for weight in self.weights.values())
+        kinds = {"density": self.masks, "ever_active": self.ever_active} if self.masks else {}
+        return {
+            name: sum(int(mask.sum()) for mask in masks.values()) / n_weights
+            for name, masks in kinds.items()
+        }
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -27,6 +27,7 @@ from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.record import RecordedRun
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.streaming import StreamedTraining
+from hf_rece.training.vocab_parallel import VocabParallel, cut_as_asked
 
 
 class LargeVocabTrainer(SparseGradients, ExactEvaluation):
@@ -104,7 +105,7 @@ def _own_loss(model: nn.Module, knobs: dict[str, Any]) -> tuple[str, dict[str, A
     return own.pop("loss_type"), {**own, **knobs}
 
 
-class RecommenderTrainer(StreamedTraining, RecordedRun, LargeVocabTrainer):
+class RecommenderTrainer(StreamedTraining, VocabParallel, RecordedRun, LargeVocabTrainer):
     """Trains a RecommenderModel on sequences and ranks the full catalogue for evaluation.
 
     Datasets are those of leave_one_out_split and temporal_split, or of a prepared log: a
@@ -115,6 +116,9 @@ class RecommenderTrainer(StreamedTraining, RecordedRun, LargeVocabTrainer):
     made.
 
     Data, cost and metrics of the run are kept in the model's configuration and shown by its card.
+
+    With args.vocab_parallel, item vectors are cut over the processes that train together, see
+    VocabParallel; save_model, evaluate and predict are then called by all of them.
 
     Args:
         model: RecommenderModel.
@@ -151,9 +155,17 @@ class RecommenderTrainer(StreamedTraining, RecordedRun, LargeVocabTrainer):
         train = kwargs.get("train_dataset")
         if args.train_sampling_strategy == "group_by_length" and isinstance(train, Dataset):
             kwargs["train_dataset"] = _with_lengths(train, args.length_column_name)
+        if model is not None:
+            cut_as_asked(model, args)
         super().__init__(model=model, args=args, **kwargs)
         # Trainer looks for labels among the model's arguments, which its wrappers may hide.
         self.label_names = ["labels"]
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Return a fresh model from model_init, with the loss of the arguments, cut as they say."""
+        model = super().call_model_init(trial)
+        cut_as_asked(model, self.args)
+        return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         _check_size(resume_from_checkpoint, self.model)

@@ -222,12 +222,20 @@ def test_times_of_many_kinds_sort_by_time(times):
         ({"when": ["1", "nan", "2"]}, "column 'when'.*ISO 8601"),
         ({"when": [True, False, True]}, "column 'when'.*ISO 8601"),
         ({"what": [1.5, 2.0, 3.0]}, "column 'what'.*neither integers nor strings"),
+        ({"what": [2.0**53, 2.0, 3.0]}, "column 'what'.*neither integers nor strings"),
+        ({"what": [1e300, float("inf"), 3.0]}, "column 'what'.*neither integers nor strings"),
     ],
 )
 def test_bad_values_are_named(change, message):
     rows = {name: [] for name in ROWS} if change == {"who": []} else {**ROWS, **change}
     with pytest.raises(DataError, match=message):
         load_interactions(pl.DataFrame(rows), **COLUMNS)
+
+
+@pytest.mark.parametrize("mixed", [["", 0, 0], [0, "", None], [b"", "", 1.5]])
+def test_a_pandas_column_of_several_types_is_refused(mixed):
+    with pytest.raises(DataError, match=r"the DataFrame: not a readable table"):
+        load_interactions(pd.DataFrame({**ROWS, "when": mixed}), **COLUMNS)
 
 
 def test_a_missing_column_lists_those_there_are():

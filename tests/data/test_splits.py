@@ -7,7 +7,7 @@ import time
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rece.data.interactions import load_interactions
@@ -52,6 +52,17 @@ def test_temporal_takes_late_users_out_of_training():
     assert decoded(splits["test"], tokenizer) == {2: [7, 8, 9]}
 
 
+def test_temporal_tells_times_apart_that_floats_do_not():
+    """Nanoseconds since 1970 do not fit a float64."""
+    now = 1_700_000_000_000_000_000
+    interactions = log([[1, 2, 3], [4, 5, 6]], start=[now, now + 3])
+    splits = temporal_split(
+        interactions, ItemTokenizer.from_interactions(interactions), quantile=0.7
+    )
+    assert splits["train"]["user_id"][:] == [0]
+    assert splits["test"]["user_id"][:] == [1]
+
+
 def test_the_order_of_the_table_does_not_matter():
     interactions = log([["a", "b", "c", "d"], ["d", "c", "a"], ["c", "b", "a"]])
     tokenizer = ItemTokenizer.from_interactions(interactions)
@@ -82,6 +93,7 @@ def test_integers_of_a_smaller_file_match_the_strings_of_the_log_trained_on():
     assert decoded(splits["test"], tokenizer) == {0: ["7", "8", "7", "8"]}
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=6).filter(
         lambda sequences: max(map(len, sequences)) >= 4

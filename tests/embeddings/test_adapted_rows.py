@@ -107,6 +107,21 @@ def test_gradients_add_up_to_those_of_autograd(kind, calls, data):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chosen", [slice(1, 8), torch.tensor([3, 3, 9])])
+def test_buffers_may_be_narrower_than_the_gradient(kind, chosen):
+    rows, dense = kind()
+    grad = leaf(*dense[chosen].shape).detach()
+    narrow, wide = (
+        tuple(torch.zeros_like(t, dtype=dtype) for t in rows.tensors())
+        for dtype in (torch.float32, torch.float64)
+    )
+    rows.add_grad(narrow, chosen, grad)
+    rows.add_grad(wide, chosen, grad)
+    for got, want in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(got, want.float())
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])
 def test_norms_are_those_of_the_sum(rows_at_once, monkeypatch):
     monkeypatch.setattr("hf_rece.embeddings.adapted_rows._ROWS_AT_ONCE", rows_at_once)

@@ -13,9 +13,11 @@ import torch
 from hf_rece.losses import LOSSES
 from hf_rece.losses.estimates import Shape, dense_estimate
 from hf_rece.losses.planning import human_bytes, human_flops, plan_losses
+from hf_rece.ops import native
 from tests.losses.peaks import ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 NARROW, WIDE = (4096, 100_000, 64), (2048, 20_000, 256)
 CASES = [
     ("dense", {}, 1024, 20_000, 64),
@@ -30,11 +32,12 @@ CASES = [
 
 
 def predicted_mib(name, knobs, *numbers):
-    shape = Shape(*numbers)
+    shape = Shape(*numbers, is_native=native.serves_shape(numbers[2], torch.float32, CPU))
     if name == "dense":
         return dense_estimate(shape).bytes / 2**20
     entry = LOSSES[name]
-    choice = entry.choose(entry.config(**knobs), replace(shape, has_ignored=bool(knobs)))
+    roomy = replace(shape, has_ignored=bool(knobs), is_native=False)
+    choice = entry.choose(entry.config(**knobs), roomy)
     config = replace(choice.config, memory_budget=None)
     return entry.choose(config, shape, choice.tile_bytes).estimate.bytes / 2**20
 

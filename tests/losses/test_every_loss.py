@@ -103,6 +103,15 @@ def test_all_tokens_ignored_gives_zero_with_a_graph(name, inputs):
 
 
 @every_loss
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_step_without_any_label_has_loss_zero(name, count, inputs):
+    hidden, weight, labels = inputs()
+    labels = torch.full_like(labels, -100)
+    loss = build_loss(name)(hidden, weight, labels, num_items_in_batch=count)
+    assert value_and_grads(loss, hidden)[0] == 0
+
+
+@every_loss
 def test_one_token_is_enough(name, inputs):
     hidden, weight, labels = inputs(n_tokens=1)
     loss = build_loss(name)(hidden, weight, labels)
@@ -170,6 +179,22 @@ def test_low_precision_inputs_accumulate_in_float32(name, dtype, inputs):
 
 
 @every_loss
+@pytest.mark.parametrize(
+    ("dtype", "of_bias"), [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)]
+)
+def test_a_bias_may_have_a_dtype_of_its_own(name, dtype, of_bias, inputs):
+    hidden, weight, labels = inputs(dtype=dtype)
+    bias = torch.randn(40, dtype=of_bias, requires_grad=True)
+    loss = build_loss(name)(hidden, weight, labels, bias=bias, generator=seeded())
+    (grad,) = torch.autograd.grad(loss, bias)
+    assert grad.dtype == of_bias
+    same = bias.detach().to(dtype).requires_grad_()
+    wanted = build_loss(name)(hidden, weight, labels, bias=same, generator=seeded())
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted, same)[0].to(of_bias))
+
+
+@every_loss
 def test_autocast_does_not_lower_the_precision(name, inputs):
     hidden, weight, labels = inputs(dtype=torch.float32)
     plain = build_loss(name)(hidden, weight, labels, generator=seeded())
@@ -230,6 +255,10 @@ def test_any_shape_gives_a_finite_loss_and_gradients(
         ({"bias": torch.ones(3)}, r"bias=\(3,\).*40 classes"),
         ({"excluded_ids": [2]}, r"labels=\[2\].*excluded_ids"),
         ({"excluded_ids": [77]}, r"excluded_ids=\[77\].*40 classes"),
+        (
+            {"excluded_ids": range(40), "labels": torch.full((3,), -100)},
+            "excluded_ids=40: every class",
+        ),
         ({"reduction": "median"}, "reduction='median'.*mean, sum or none"),
         ({"backend": "numpy"}, "backend='numpy'.*torch"),
         ({"logit_softcap": 0.0}, "logit_softcap=0.0.*None"),

@@ -66,12 +66,13 @@ def test_tokens_without_a_label_have_none_of_it(inputs):
     assert not noted.is_top1.view(-1)[::3].any()
 
 
-def test_a_sampled_softmax_notes_the_entropy_of_its_sample(inputs):
+@pytest.mark.parametrize("logq", [False, True])
+def test_a_sampled_softmax_notes_the_entropy_of_its_sample(inputs, logq):
     hidden, weight, labels = inputs()
-    knobs = {"n_negatives": 7, "generator": torch.Generator().manual_seed(1)}
+    knobs = {"n_negatives": 7, "logq": logq, "generator": torch.Generator().manual_seed(1)}
     noted = statistics_of("sampled_softmax", (hidden, weight, labels), **knobs)
-    # At most eight classes are scored.
-    assert 0 < float(noted.entropy.max()) < torch.tensor(8.0).log()
+    # At most eight classes are scored; with logq they stand for all forty.
+    assert 0 < float(noted.entropy.max()) < torch.tensor(40.0 if logq else 8.0).log()
 
 
 def test_the_stratified_entropy_estimates_the_exact_one():

@@ -152,7 +152,9 @@ def test_no_backbone_sees_later_items(backbone):
     torch.testing.assert_close(early, same, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["albert", "modernbert", "t5"])
+@pytest.mark.parametrize(
+    "model_type", ["albert", "bart", "cpmant", "modernbert", "t5", "whisper", "xlm", "xlnet"]
+)
 def test_a_backbone_that_is_no_decoder_is_refused(model_type):
     with pytest.raises(ArgumentError, match=f"backbone='{model_type}': no decoder"):
         RecommenderConfig(backbone={"model_type": model_type})

@@ -1,0 +1,364 @@
+"""Classes cut over processes: who holds which rows, and the collectives that this takes.
+
+Each function below that says "collective" is called by all processes of the group, and exchanges a
+number of messages that depends on no data: a process without a token calls it like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from hf_rece.errors import ArgumentError
+from hf_rece.ops.rows import OutputRows, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class VocabShards:
+    """C classes in one contiguous shard a process; shard sizes differ by one at most.
+
+    Args:
+        n_classes: C.
+        rank: of this process in the group.
+        world_size: processes of the group.
+        group: process group; None for the default one, and for a process on its own.
+    """
+
+    n_classes: int
+    rank: int = 0
+    world_size: int = 1
+    group: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabShards:
+        return self  # a process group cannot be copied
+
+    @property
+    def first(self) -> int:
+        """The first class of this process."""
+        return self.bounds[self.rank]
+
+    @property
+    def stop(self) -> int:
+        """One past the last class of this process."""
+        return self.bounds[self.rank + 1]
+
+    @property
+    def n_local(self) -> int:
+        """The number of classes of this process."""
+        return self.stop - self.first
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first class of each process, and C."""
+        return [rank * self.n_classes // self.world_size for rank in range(self.world_size + 1)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of classes of each process."""
+        return [stop - first for first, stop in pairwise(self.bounds)]
+
+    def owners(self, ids: Tensor) -> Tensor:
+        """Return the rank that holds each class id."""
+        return ((ids + 1) * self.world_size - 1) // self.n_classes
+
+    def is_local(self, ids: Tensor) -> Tensor:
+        """Return whether this process holds each class id."""
+        return (ids >= self.first) & (ids < self.stop)
+
+    def localise(self, ids: Tensor, outside: int) -> Tensor:
+        """Return class ids as rows of this process's shard, those of other processes as given."""
+        return (ids - self.first).masked_fill_(~self.is_local(ids), outside)
+
+    def cut(self, values: Tensor) -> Tensor:
+        """Return this process's rows of values that have a row for each class; others as given."""
+        if values.dim() == 0 or len(values) != self.n_classes:
+            return values
+        return values[self.first : self.stop].clone()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of values over the processes, in place. Collective."""
+        if self.world_size > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of the processes' values, in place. Collective."""
+        if self.world_size > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
+        return values
+
+    def join(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the values (sum of sizes, ...) of all processes, in order of rank. Collective.
+
+        Args:
+            values: (own size, ...).
+            sizes: of each process, known to all.
+        """
+        longest = max(sizes)
+        if self.world_size == 1 or longest == 0:
+            return values
+        # As bytes, whatever the type: not every backend sends 16 bit integers.
+        own = values.reshape(len(values), values.shape[1:].numel()).contiguous().view(torch.uint8)
+        padded = own.new_empty(longest, own.shape[1])
+        padded[: len(own)] = own
+        pieces = list(own.new_empty(self.world_size, *padded.shape).unbind(0))
+        distributed.all_gather(pieces, padded, group=self.group)
+        joined = torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
+        return joined.view(values.dtype).view(-1, *values.shape[1:])
+
+    def share_tokens(self, *counts: int, device: torch.device) -> SharedTokens:
+        """Return who brings how many tokens. Collective.
+
+        Args:
+            *counts: this process's number of tokens, and other numbers to tell the others.
+            device: of the message.
+        """
+        own = torch.tensor([counts], device=device)
+        return SharedTokens(self.join(own, [1] * self.world_size).tolist(), self)
+
+
+def shard_classes(n_classes: int, group: Any = None) -> VocabShards:
+    """Return how C classes are cut over a process group.
+
+    Args:
+        n_classes: C.
+        group: process group; None for all processes, or for this one where there are no others.
+
+    Raises:
+        ArgumentError: if there are fewer classes than processes.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return VocabShards(n_classes)
+    world_size = distributed.get_world_size(group)
+    if n_classes < world_size:
+        raise ArgumentError(
+            "n_classes", n_classes, f"cannot be cut over {world_size} processes", "Use fewer"
+        )
+    return VocabShards(n_classes, distributed.get_rank(group), world_size, group)
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The tokens of all processes, in the order of ranks.
+
+    Args:
+        counts: for each process its number of tokens, and what else it told.
+        shards: whose processes these are.
+    """
+
+    counts: list[list[int]]
+    shards: VocabShards
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of tokens of each process."""
+        return [counts[0] for counts in self.counts]
+
+    @property
+    def own(self) -> slice:
+        """Where this process's tokens are among those of all."""
+        first = self.before(0)
+        return slice(first, first + self.sizes[self.shards.rank])
+
+    def before(self, which: int) -> int:
+        """Return the sum over the processes before this one of a number that was told."""
+        return sum(counts[which] for counts in self.counts[: self.shards.rank])
+
+    def total(self, which: int) -> int:
+        """Return the sum over all processes of a number that was told."""
+        return sum(counts[which] for counts in self.counts)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values (N, ...) of all tokens. Collective, and so is its backward.
+
+        The gradient of own values is the sum over the processes of theirs.
+
+        Args:
+            values: (own tokens, ...).
+        """
+        if self.shards.world_size == 1 or self.total(0) == 0:
+            return values
+        gathered: Tensor = _Gather.apply(values, self)
+        return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Values of all processes; backward, each process gets the sum of its own tokens' parts."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, tokens: SharedTokens) -> Tensor:
+        ctx.tokens = tokens
+        return tokens.shards.join(values, tokens.sizes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shards, sizes = ctx.tokens.shards, ctx.tokens.sizes
+        n_own = sizes[shards.rank]
+        parts = grad.new_empty(shards.world_size * n_own, *grad.shape[1:])
+        distributed.all_to_all_single(
+            parts, grad.contiguous(), [n_own] * shards.world_size, sizes, group=shards.group
+        )
+        # Added up here, in a wide type and always in the same order.
+        wide = accumulation_dtype(grad.dtype)
+        of_processes = parts.view(shards.world_size, n_own, *grad.shape[1:])
+        return of_processes.sum(0, dtype=wide).to(grad.dtype), None
+
+
+@contextmanager
+def same_draws(
+    shards: VocabShards, generator: torch.Generator | None, device: torch.device
+) -> Iterator[None]:
+    """Let every process draw what the first one would have drawn. Collective.
+
+    Args:
+        shards: whose processes.
+        generator: that is drawn from; None for the device's own, which only the first process's
+            draws move on, so that dropout goes on as it would have.
+        device: of the draws.
+    """
+    if shards.world_size == 1:
+        yield
+        return
+    source = _generator_of(device) if generator is None else generator
+    before = source.get_state()
+    state = before.clone().to(device)
+    distributed.broadcast(state, group_src=0, group=shards.group)
+    source.set_state(state.cpu())
+    try:
+        yield
+    finally:
+        if generator is None and shards.rank:
+            source.set_state(before)
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator: torch.Generator = torch.cuda.default_generators[index]
+    return generator
+
+
+@dataclass(frozen=True)
+class ShardedRows:
+    """Output rows of which each process holds a shard; reading and adding are collective.
+
+    The losses read none of these rows: each process scores the tokens of all against its own shard,
+    see hf_rece.ops.vocab_parallel. `rows` and `add_grad` serve the input lookup.
+
+    Args:
+        local: this process's rows, classes `shards.first` to `shards.stop`.
+        shards: how the classes are cut.
+    """
+
+    local: OutputRows
+    shards: VocabShards
+
+    @property
+    def n_rows(self) -> int:
+        """C, the number of classes of all processes."""
+        return self.shards.n_classes
+
+    @property
+    def width(self) -> int:
+        """D, the width of a row."""
+        return self.local.width
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors of this process's rows."""
+        return self.local.tensors()
+
+    def rows(self, ids: Tensor | slice) -> Tensor:
+        """Return rows (K, D) of class ids (K,), this process's own question. Collective.
+
+        Raises:
+            ArgumentError: in all processes, if an id of one of them is out of range.
+        """
+        if self.shards.world_size == 1:
+            return self.local.rows(ids)
+        questions = _Questions.ask(self._ids(ids), self.shards)
+        return questions.answer(self.local.rows(questions.asked))
+
+    def add_grad(self, grads: tuple[Tensor | None, ...], ids: Tensor | slice, grad: Tensor) -> None:
+        """Add the mean over the processes of their rows' gradients, as DDP would. Collective.
+
+        Each process brings ids (K,) and grad (K, D) of its own.
+        """
+        if self.shards.world_size == 1:
+            self.local.add_grad(grads, ids, grad)
+            return
+        questions = _Questions.ask(self._ids(ids), self.shards)
+        received = questions.send(grad / self.shards.world_size)
+        self.local.add_grad(grads, questions.asked, received)
+
+    def _ids(self, ids: Tensor | slice) -> Tensor:
+        if isinstance(ids, Tensor):
+            return ids
+        every = range(*ids.indices(self.n_rows))
+        device = self.tensors()[0].device
+        return torch.arange(every.start, every.stop, every.step, device=device)
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Who asks whom for which rows.
+
+    Args:
+        order: (K,) own ids, sorted by the process that holds them.
+        n_asking: for each process, ids that this one asks it for.
+        n_asked: for each process, ids that it asks this one for.
+        asked: (sum of n_asked,) rows of the own shard that others ask for, by rank.
+        shards: how the classes are cut.
+    """
+
+    order: Tensor
+    n_asking: list[int]
+    n_asked: list[int]
+    asked: Tensor
+    shards: VocabShards
+
+    @classmethod
+    def ask(cls, ids: Tensor, shards: VocabShards) -> _Questions:
+        """Tell each process what is asked of it. Collective."""
+        outside = (ids < 0) | (ids >= shards.n_classes)
+        owners = shards.owners(ids).clamp_(0, shards.world_size - 1)
+        counts = torch.bincount(owners, minlength=shards.world_size)
+        # An id that is nobody's: all are told, so that none waits for an answer.
+        counts = torch.where(outside.any(), -1, counts)
+        told = torch.empty_like(counts)
+        distributed.all_to_all_single(told, counts, group=shards.group)
+        n_asking, n_asked = counts.tolist(), told.tolist()
+        if min(*n_asking, *n_asked) < 0:
+            raise ArgumentError(
+                "input_ids",
+                torch.unique(ids[outside]).tolist()[:5],
+                f"ids of one process are out of range: the table has {shards.n_classes} rows",
+                f"Pass ids from 0 to {shards.n_classes - 1}, or make a larger table",
+            )
+        order = owners.argsort(stable=True)
+        asked = ids.new_empty(sum(n_asked))
+        distributed.all_to_all_single(asked, ids[order], n_asked, n_asking, group=shards.group)
+        return cls(order, n_asking, n_asked, asked - shards.first, shards)
+
+    def answer(self, rows: Tensor) -> Tensor:
+        """Return rows (K, D) of the own ids, for the rows that others asked for. Collective."""
+        received = rows.new_empty(len(self.order), rows.shape[1])
+        distributed.all_to_all_single(
+            received, rows.contiguous(), self.n_asking, self.n_asked, group=self.shards.group
+        )
+        return torch.empty_like(received).index_copy_(0, self.order, received)
+
+    def send(self, grad: Tensor) -> Tensor:
+        """Return what others bring to the rows they asked for, for grad (K, D). Collective."""
+        received = grad.new_empty(len(self.asked), grad.shape[1])
+        distributed.all_to_all_single(
+            received, grad[self.order], self.n_asked, self.n_asking, group=self.shards.group
+        )
+        return received

@@ -1,0 +1,132 @@
+"""Fill the tables of README.md and recipes/README.md from results/.
+
+    python recipes/benchmarks/fill_tables.py
+
+A table stands between <!-- name --> and <!-- /name -->, name being a function below.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md")
+LOSSES = {
+    "dense": "dense (torch)",
+    "torch_default": "torch `F.linear_cross_entropy`, default",
+    "torch_chunked": "the same with `LinearCrossEntropyOptions()`",
+    "torch_chunked_256": "the same, 256 tokens a chunk",
+    "cce_compile": "Cut Cross-Entropy, `torch_compile`",
+    "oracle_rece": "RECE with all logits at once (our oracle of its program)",
+    "oracle_sce": "SCE likewise",
+    "cross_entropy": "**`cross_entropy`, exact**",
+    "rece": "**`rece`**",
+    "sce": "**`sce`**",
+    "stratified": "**`stratified`**",
+    "sampled_softmax": "**`sampled_softmax`**",
+}
+TRAININGS = {
+    "rectools": "RecTools 0.19, softmax",
+    "cross_entropy": "**`cross_entropy`, exact**",
+    "stratified": "**`stratified`**",
+    "rece": "**`rece`**",
+    "sce": "**`sce`**",
+}
+
+
+def losses() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: memory and time of loss and backward at two shapes."""
+    small, large = (
+        read(f"losses_{shape}_64.json")["losses"] for shape in ("4096_100000", "25600_1000000")
+    )
+    yield (
+        "loss",
+        "N=4,096, C=100,000: extra MiB",
+        "time / dense",
+        ("N=25,600, C=1,000,000: extra MiB"),
+        "time / exact",
+    )
+    for name, label in LOSSES.items():
+        yield (
+            label,
+            *memory_and_time(small, name, "dense"),
+            *memory_and_time(large, name, "cross_entropy"),
+        )
+
+
+def memory_and_time(rows: dict[str, dict[str, Any]], name: str, other: str) -> tuple[str, str]:
+    """Return extra MiB, and time over that of another; or why there is none."""
+    row = rows.get(name, {"not_run": "not run"})
+    if "not_run" in row:
+        return row["not_run"], ""
+    ratio = row["seconds"] / rows[other]["seconds"]
+    return (
+        f"{row['extra_peak_mib']:,.0f}",
+        f"{ratio:.{2 if ratio >= 0.1 else 3 if ratio >= 0.01 else 4}f}",
+    )
+
+
+def training() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: epochs of SASRec beside RecTools."""
+    record = read("training.json")
+    rows = record["trainings"]
+    epochs = record["epochs"]
+    yield (
+        "training",
+        "s an epoch",
+        "times faster",
+        "peak MiB of the process",
+        "of RecTools",
+        (f"NDCG@10 after {epochs} epochs"),
+    )
+    for name, label in TRAININGS.items():
+        row, peer = rows[name], rows["rectools"]
+        yield (
+            label,
+            f"{row['seconds_per_epoch']:.0f}",
+            f"{peer['seconds_per_epoch'] / row['seconds_per_epoch']:.1f}",
+            f"{row['peak_mib']:,.0f}",
+            f"{row['peak_mib'] / peer['peak_mib']:.2f}",
+            f"{row['ndcg@10']:.4f}",
+        )
+
+
+TABLES = {"losses": losses, "training": training}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(rows: Iterator[tuple[str, ...]]) -> str:
+    head = next(rows)
+    lines = [head, ("---", *["--:"] * (len(head) - 1)), *rows]
+    return (
+        "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        .replace("| --- | ", "|---|")
+        .replace("--: | ", "--:|")
+        .replace("--: |", "--:|")
+    )
+
+
+def filled(page: str) -> str:
+    """Return a page with its tables filled."""
+    for name, table in TABLES.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if marks.search(page):
+            page = marks.sub(
+                lambda found, table=table: found[1] + markdown(table()) + found[2], page
+            )
+    return page
+
+
+def main() -> None:
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

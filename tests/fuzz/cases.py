@@ -1,0 +1,38 @@
+"""How many cases a property is tried on, and how many it really was.
+
+FUZZ_CASES in the environment asks for so many of every property, and FUZZ_MINUTES for no more time
+than that each, as recipes/benchmarks/fuzz.py does; without, each has its own few dozens.
+"""
+
+import functools
+import os
+import time
+from collections import Counter
+
+from hypothesis import HealthCheck, given, settings
+
+TRIED = Counter()  # property -> cases
+
+
+def cases(few, strategy):
+    """Try a property of one argument `case` on `few` cases drawn from `strategy`."""
+    minutes = float(os.environ.get("FUZZ_MINUTES", "inf"))
+
+    def decorate(test):
+        started = []
+
+        @functools.wraps(test)
+        def counted(case):
+            started.append(time.monotonic()) if not started else None
+            if time.monotonic() - started[0] > 60 * minutes:
+                return
+            test(case)
+            TRIED[test.__name__] += 1
+
+        return settings(
+            max_examples=int(os.environ.get("FUZZ_CASES", few)),
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )(given(case=strategy)(counted))
+
+    return decorate

@@ -1,0 +1,306 @@
+"""Settings, saved models and indexes: loaded right, or refused by an error that names the fault."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import transformers
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import strategies as st
+
+from hf_rece import cli
+from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.errors import HfReceError
+from hf_rece.losses import LOSSES, LossName, build_loss
+from hf_rece.losses.options import CommonOptions
+from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.recommender_config import RecommenderConfig
+from hf_rece.serving.item_index import ItemIndex
+from tests.fuzz.cases import cases
+
+# What JSON and YAML can say in place of a number, a flag or a name.
+plain = st.sampled_from(
+    [
+        *(None, True, False, 0, 1, 2, 3, 7, -1, 2.0, 0.5, -0.5, 1e-9, math.inf, math.nan),
+        *("", "auto", "mean", "cross_entropy", "rece", "2GiB", "3", "uniform", "dense", "é", "lma"),
+        *([], {}, [1], [1, 2], ["a"], {"type": "lma"}, {"a": 1}, [None], [[1]]),
+    ]
+)
+# Numbers so large that whatever takes them at their word never ends, or takes all memory.
+huge = st.sampled_from([10**9, 10**12, 2**31, 2**63, -(2**63), 10**30, 1e18, 1e308])
+
+
+# ------------------------------------------------------------------------------------- losses
+
+
+@st.composite
+def loss_settings(draw):
+    name = draw(st.sampled_from(get_args(LossName)))
+    known = [*LOSSES[name].config.__dataclass_fields__, *CommonOptions.__annotations__]
+    tensors = ("bias", "generator", "statistics")
+    keys = st.sampled_from([key for key in known if key not in tensors] + ["n_bucket"])
+    return name, draw(st.dictionaries(keys, plain, max_size=3))
+
+
+@cases(80, loss_settings())
+def test_a_loss_is_built_and_runs_or_is_refused(case):
+    name, knobs = case
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=draw).requires_grad_() for n in (6, 20))
+    labels = torch.tensor([[5, 6, 7], [8, -100, 9]])
+    try:
+        loss = build_loss(name, **knobs)
+        again = build_loss(**json.loads(json.dumps(loss.to_dict())))
+        value = loss(hidden.view(2, 3, 4), weight, labels, generator=draw)
+    except HfReceError:
+        return
+    assert again.to_dict().keys() == loss.to_dict().keys()
+    assert bool(torch.isfinite(value).all()), value
+    if loss.common.get("reduction") != "none":
+        for grad in torch.autograd.grad(value, (hidden, weight)):
+            assert bool(torch.isfinite(grad.to_dense()).all())
+
+
+# ------------------------------------------------------------------------------ configurations
+
+CONFIG = {
+    "backbone": {
+        "model_type": "hf_rece_sasrec", "hidden_size": 8, "max_position_embeddings": 6,
+        "num_hidden_layers": 1, "num_attention_heads": 1,
+    },
+    "vocab_size": 12,
+    "tie_word_embeddings": True,
+    "output_bias": False,
+    "item_embedding": None,
+    "loss_type": "rece",
+    "loss_kwargs": {"n_rounds": 2},
+    "pad_token_id": 0,
+}  # fmt: skip
+TABLES = (
+    None,
+    {"type": "dense"},
+    {"type": "compositional", "operation": "concat", "compression": 2, "codes": "id"},
+    {"type": "compositional", "operation": "mult", "radices": [4, 4], "codes": "given"},
+    {"type": "lma", "n_cells": 40, "n_keys": 2, "n_hashes": 1, "seed": 0},
+)
+
+
+def paths_of(value, prefix=()):
+    """Every place in nested dictionaries."""
+    for key, inner in value.items():
+        yield (*prefix, key)
+        if isinstance(inner, dict):
+            yield from paths_of(inner, (*prefix, key))
+
+
+@st.composite
+def changed(draw, settings, values=plain):
+    """The same settings with one to three of them replaced, dropped or added."""
+    settings = json.loads(json.dumps(settings))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(sorted(paths_of(settings), key=str)))
+        inner = settings
+        for key in path[:-1]:
+            inner = inner[key]
+        kind = draw(st.sampled_from(["replace"] * 6 + ["drop", "add"]))
+        if kind == "drop":
+            del inner[path[-1]]
+            if not settings:
+                break
+        else:
+            inner[path[-1] if kind == "replace" else "unknown"] = copy.deepcopy(draw(values))
+        if not any(True for _ in paths_of(settings)):
+            break
+    return settings
+
+
+@st.composite
+def configurations(draw):
+    table = draw(st.sampled_from(TABLES))
+    return draw(changed({**CONFIG, "item_embedding": table}, plain | huge))
+
+
+@cases(80, configurations())
+def test_a_configuration_survives_json_or_is_refused(case):
+    try:
+        config = RecommenderConfig(**case)
+    except (HfReceError, StrictDataclassError):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        again = RecommenderConfig.from_pretrained(folder)
+    assert again.to_dict() == config.to_dict() or "nan" in str(config.to_dict())
+
+
+# --------------------------------------------------------------------------------- saved models
+
+ITEMS = [f"item {i}" for i in range(11)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of small recommenders, one for each kind of table."""
+    folders = []
+    for number, table in enumerate(TABLES):
+        model = RecommenderModel(RecommenderConfig(**{**CONFIG, "item_embedding": table}))
+        model.tokenizer = ItemTokenizer(items=ITEMS)
+        folder = tmp_path_factory.mktemp(f"model{number}")
+        model.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+@st.composite
+def damages(draw):
+    """Which model, which file of it, and what is done to the file."""
+    files = ("config.json", "model.safetensors", "items.json", "tokenizer_config.json")
+    name = draw(st.sampled_from([*files, "config.json", "config.json", "model.safetensors"]))
+    if name.endswith(".json") and draw(st.sampled_from([True, True, False])):
+        damage = ("settings", draw(st.randoms(use_true_random=False)), draw(plain | huge))
+    else:
+        kinds = st.sampled_from(["cut", "flip", "flip", "insert", "empty"])
+        place = st.floats(0, 1, exclude_max=True) | st.floats(0, 0.02)
+        damage = (draw(kinds), draw(place), draw(st.binary(min_size=1, max_size=4)))
+    return draw(st.integers(0, len(TABLES) - 1)), name, damage
+
+
+def damaged(whole, damage):
+    kind, where, put = damage
+    if kind == "settings":
+        return json.dumps(with_change(json.loads(whole), where, copy.deepcopy(put))).encode()
+    place = int(where * len(whole))
+    if kind == "flip":
+        return whole[:place] + bytes([whole[place] ^ (1 << put[0] % 8)]) + whole[place + 1 :]
+    return {
+        "cut": whole[:place], "insert": whole[:place] + put + whole[place:], "empty": b""
+    }[kind]  # fmt: skip
+
+
+def with_change(settings, choose, put):
+    """JSON with one value of it replaced."""
+    if not isinstance(settings, dict | list) or not settings:
+        return put
+    inner, path = settings, []
+    while isinstance(inner, dict | list) and inner:
+        keys = sorted(inner) if isinstance(inner, dict) else range(len(inner))
+        path.append(choose.choice(list(keys)))
+        inner = inner[path[-1]]
+        if choose.random() < 0.3:
+            break
+    target = settings
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = put
+    return settings
+
+
+HISTORY = [["item 3", "item 7"]]
+
+
+def load(folder):
+    """The model, without transformers' reports of what it found."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        return RecommenderModel.from_pretrained(folder)
+    finally:
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_progress_bar()
+
+
+def test_a_damaged_model_is_loaded_or_refused(saved):
+    n_answers = {len(load(folder).recommend(HISTORY, k=3)[0]) for folder in saved}
+
+    @cases(60, damages())
+    def test_damaged_models(case):
+        which, name, damage = case
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shutil.copytree(saved[which], folder, dirs_exist_ok=True)
+            path = Path(folder) / name
+            path.write_bytes(damaged(path.read_bytes(), damage))
+            try:
+                model = load(folder)
+                answers = model.recommend(HISTORY, k=3)
+            except HfReceError:
+                return
+            assert {len(answers[0])} == n_answers
+
+    test_damaged_models()
+
+
+# ------------------------------------------------------------------------- indexes and YAML files
+
+
+@st.composite
+def index_damages(draw):
+    """What is done to an index: to its settings, or its file cut short."""
+    if draw(st.sampled_from([True, True, True, False])):
+        return "item_index.json", ("settings", draw(st.randoms(use_true_random=False)), draw(plain))
+    name = draw(st.sampled_from(["item_index.json", "item_index.faiss"]))
+    return name, ("cut", draw(st.floats(0, 1, exclude_max=True)), b"")
+
+
+def test_a_damaged_index_is_loaded_or_refused(saved, tmp_path):
+    pytest.importorskip("faiss")
+    model = load(saved[0])
+    ItemIndex.build(model).save(tmp_path)
+    expected = model.recommend(HISTORY, k=3, index=ItemIndex.load(tmp_path))
+
+    @cases(40, index_damages())
+    def test_damaged_indexes(case):
+        name, damage = case
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+            path = Path(folder) / name
+            path.write_bytes(damaged(path.read_bytes(), damage))
+            try:
+                answers = model.recommend(HISTORY, k=3, index=ItemIndex.load(folder))
+            except HfReceError:
+                return
+            assert len(answers[0]) == len(expected[0])
+
+    test_damaged_indexes()
+
+
+YAML = {
+    "min_user_interactions": 3, "split": "temporal", "test_quantile": 0.9, "backbone": "sasrec",
+    "hidden_size": 8, "max_length": 10, "item_embedding": "lma", "loss_type": "rece",
+    "loss_kwargs": {"n_rounds": 2}, "memory_budget": "1GiB", "learning_rate": 1e-3, "seed": 1,
+    "num_train_epochs": 1, "per_device_train_batch_size": 8, "density": 0.1, "use_cpu": True,
+    "report_to": "none", "eval_strategy": "epoch",
+}  # fmt: skip
+
+
+@st.composite
+def yaml_files(draw):
+    """A YAML file of `hf-rece train`, with other values in it or other bytes."""
+    settings = draw(changed(YAML))
+    text = yaml.safe_dump(settings).encode()
+    if draw(st.sampled_from([True, False, False])):
+        place = draw(st.integers(0, len(text)))
+        text = text[:place] + draw(st.binary(min_size=1, max_size=3)) + text[place:]
+    return text
+
+
+@cases(30, yaml_files())
+def test_a_yaml_file_is_read_or_refused(case):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.yaml"
+        path.write_bytes(case)
+        types = (cli.DataArguments, cli.ModelArguments, cli.TrainDefaults, cli.SparsityArguments)
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                cli.parse(types, [str(path), "--output_dir", folder], "train")
+            except (HfReceError, SystemExit):  # argparse says what is wrong, and exits
+                return

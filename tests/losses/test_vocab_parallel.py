@@ -1,0 +1,239 @@
+"""Every loss over a vocabulary that is cut over processes equals the loss of one process."""
+
+import pytest
+import torch
+from torch import distributed
+
+from hf_rece.errors import ArgumentError
+from hf_rece.losses import build_loss
+from hf_rece.ops.rows import DenseRows
+from hf_rece.ops.shards import ShardedRows, shard_classes
+from hf_rece.ops.stream import TokenStatistics
+from tests.processes import in_processes
+
+N_CLASSES, WIDTH, IGNORED = 203, 8, -100
+LOSSES = {
+    "cross_entropy": ("cross_entropy", {}),
+    "cross_entropy, small tiles": ("cross_entropy", {"tile_bytes": 20_000}),
+    "rece": ("rece", {"n_buckets": 6, "n_rounds": 3}),
+    "rece, defaults": ("rece", {}),
+    "sce": ("sce", {"bucket_size_y": 20}),
+    "sce, small tiles": ("sce", {"bucket_size_y": 20, "mix": False, "tile_bytes": 4000}),
+    "stratified": ("stratified", {"n_groups": 5, "n_hard": 11, "n_random": 23}),
+    "stratified, all hard": ("stratified", {"n_hard": 300}),
+    "sampled_softmax": ("sampled_softmax", {"n_negatives": 30, "logq": True}),
+    "in_batch": ("sampled_softmax", {"sampler": "in_batch", "n_negatives": 9, "logq": True}),
+    "by sequence": ("sampled_softmax", {"n_negatives": 12, "shared_by": "sequence"}),
+    "bce": ("bce", {"n_negatives": 5}),
+    "gbce": ("gbce", {"n_negatives": 40, "sampler": "log_uniform"}),
+}
+SHAPED = {"logit_scale": 1.3, "logit_softcap": 4.0, "excluded_ids": [0, 7, 150]}
+# Sequences of each process; the batch of one process is all of them.
+SEQUENCES = {2: [5, 2], 4: [3, 0, 1, 3]}
+
+
+def batch():
+    """Return hidden (7, 4, D), labels (7, 4) some of which are ignored, weight and bias."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 4, WIDTH, generator=generator)
+    labels = torch.randint(8, N_CLASSES, (7, 4), generator=generator)
+    labels[labels == 150] = 151
+    labels[:, 0] = IGNORED
+    labels[3] = IGNORED  # in 4 processes, the only sequence of the third: it has no token
+    weight = torch.randn(N_CLASSES, WIDTH, generator=generator)
+    return hidden, labels, weight, torch.randn(N_CLASSES, generator=generator)
+
+
+def step(loss, hidden, rows, labels, tensors, reduction):
+    value = loss(
+        hidden, rows, labels, bias=tensors[1], generator=torch.Generator().manual_seed(3),
+        ignore_index=IGNORED, reduction=reduction, **SHAPED,
+    )  # fmt: skip
+    value.sum().backward()
+    return [value.detach(), hidden.grad, *(tensor.grad for tensor in tensors)]
+
+
+def one_process(reduction="mean"):
+    found = {}
+    for name, (loss_type, knobs) in LOSSES.items():
+        hidden, labels, weight, bias = batch()
+        tensors = [weight.requires_grad_(), bias.requires_grad_()]
+        found[name] = step(
+            build_loss(loss_type, **knobs), hidden.requires_grad_(), weight, labels, tensors,
+            reduction,
+        )  # fmt: skip
+    return found
+
+
+def some_processes(rank, sizes, reduction="mean"):
+    shards = shard_classes(N_CLASSES)
+    assert shards.world_size == len(sizes)
+    assert shards.rank == rank
+    own, classes = (
+        slice(sum(sizes[:rank]), sum(sizes[: rank + 1])),
+        slice(shards.first, shards.stop),
+    )
+    found = {}
+    for name, (loss_type, knobs) in LOSSES.items():
+        hidden, labels, weight, bias = batch()
+        tensors = [part[classes].clone().requires_grad_() for part in (weight, bias)]
+        found[name] = step(
+            build_loss(loss_type, **knobs), hidden[own].clone().requires_grad_(),
+            ShardedRows(DenseRows(tensors[0]), shards), labels[own], tensors, reduction,
+        )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def of_processes(request):
+    world_size = request.param
+    return in_processes(some_processes, world_size, SEQUENCES[world_size])
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    return one_process()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_mean_over_processes_is_the_loss_of_one(of_processes, of_one, name):
+    losses = torch.stack([found[name][0] for found in of_processes])
+    torch.testing.assert_close(losses.mean(), of_one[name][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_one_process_as_ddp_averages_them(of_processes, of_one, name):
+    _, wanted_hidden, wanted_weight, wanted_bias = of_one[name]
+    hidden, weight, bias = (
+        torch.cat([found[name][i] for found in of_processes]) for i in (1, 2, 3)
+    )
+    assert wanted_weight.abs().max() > 1e-4
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(hidden / len(of_processes), wanted_hidden, **close)
+    torch.testing.assert_close(weight, wanted_weight, **close)
+    torch.testing.assert_close(bias, wanted_bias, **close)
+
+
+def variants(rank, sizes):
+    """Losses (own tokens) without reduction, and with the default generator; errors of one."""
+    shards = shard_classes(N_CLASSES)
+    own, classes = (
+        slice(sum(sizes[:rank]), sum(sizes[: rank + 1])),
+        slice(shards.first, shards.stop),
+    )
+    hidden, labels, weight, _ = batch()
+    hidden, labels = hidden[own], labels[own]
+    rows = ShardedRows(DenseRows(weight[classes]), shards)
+    stratified = build_loss("stratified", n_groups=5, n_hard=11, n_random=23, reduction="none")
+    torch.manual_seed(5 if rank == 0 else 77)
+    found = {"none": [stratified(hidden, rows, labels) for _ in range(2)]}
+    found["next"] = torch.rand(3)
+    found["sum"] = build_loss("cross_entropy", reduction="sum")(hidden, rows, labels)
+    found["budget"] = build_loss("sce", memory_budget="32MiB")(
+        hidden, rows, labels, num_items_in_batch=14, generator=torch.Generator().manual_seed(0)
+    )
+    in_half = ShardedRows(DenseRows(weight[classes].bfloat16()), shards)
+    found["bfloat16"] = build_loss("cross_entropy", reduction="sum")(
+        hidden.bfloat16(), in_half, labels
+    )
+    found["nobody"] = build_loss("rece")(hidden, rows, torch.full_like(labels, IGNORED))
+    bad = {
+        "labels": lambda: build_loss("rece")(hidden, rows, labels + (rank == 0) * N_CLASSES),
+        "statistics": lambda: build_loss("rece")(
+            hidden, rows, labels, statistics=TokenStatistics()
+        ),
+        "sparse_grad": lambda: build_loss("sce")(hidden, rows, labels, sparse_grad=True),
+        "bias": lambda: build_loss("sce")(hidden, rows, labels, bias=torch.zeros(N_CLASSES)),
+    }
+    for name, call in bad.items():
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        found[name] = str(caught.value)
+    return found
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast")
+
+
+def messages(rank, sizes):
+    """Return the names of the messages of a step of each loss, whatever tokens and tiles."""
+    shards = shard_classes(N_CLASSES)
+    sent = []
+    for name in COLLECTIVES:
+        original = getattr(distributed, name)
+
+        def send(*args, name=name, original=original, **kwargs):
+            sent.append(name)
+            return original(*args, **kwargs)
+
+        setattr(distributed, name, send)
+    hidden, labels, weight, _ = batch()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    found = {}
+    for name, (loss_type, knobs) in LOSSES.items():
+        for tile_bytes in (2000, 10**7):
+            local = weight[shards.first : shards.stop].clone().requires_grad_()
+            states = hidden[own].clone().requires_grad_()
+            rows = ShardedRows(DenseRows(local), shards)
+            loss = build_loss(loss_type, **{**knobs, "tile_bytes": tile_bytes})
+            loss(states, rows, labels[own]).backward()
+            found.setdefault(name, []).append(sent.copy())
+            sent.clear()
+    return found
+
+
+def test_messages_depend_on_no_data():
+    uneven, alone = (in_processes(messages, 2, sizes) for sizes in ([5, 2], [0, 7]))
+    for name in LOSSES:
+        every = [sent for found in (*uneven, *alone) for sent in found[name]]
+        assert all(sent == every[0] for sent in every), name
+        assert 6 <= len(every[0]) <= 12, every[0]
+
+
+@pytest.fixture(scope="module")
+def of_two():
+    return in_processes(variants, 2, [7, 0])
+
+
+def test_losses_of_own_tokens_are_those_of_one_process(of_two):
+    hidden, labels, weight, _ = batch()
+    torch.manual_seed(5)
+    loss = build_loss("stratified", n_groups=5, n_hard=11, n_random=23, reduction="none")
+    for step_number in range(2):  # the second step draws on where the first stopped
+        wanted = loss(hidden, weight, labels)
+        got = torch.cat([found["none"][step_number] for found in of_two])
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_draws_together_leave_the_other_processes_generators_alone(of_two):
+    torch.manual_seed(77)
+    assert torch.equal(of_two[1]["next"], torch.rand(3))
+
+
+def test_sums_add_up(of_two):
+    hidden, labels, weight, _ = batch()
+    loss = build_loss("cross_entropy", reduction="sum")
+    total = sum(found["sum"] for found in of_two)
+    torch.testing.assert_close(total, loss(hidden, weight, labels))
+    torch.testing.assert_close(
+        sum(found["bfloat16"] for found in of_two).float(),
+        loss(hidden.bfloat16(), weight.bfloat16(), labels).float(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_a_memory_budget_gives_all_processes_the_same_plan(of_two):
+    assert of_two[0]["budget"] > 0
+    assert of_two[1]["budget"] == 0  # it has no token
+
+
+def test_a_batch_without_labels_has_loss_zero(of_two):
+    assert [found["nobody"] for found in of_two] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["labels", "statistics", "sparse_grad", "bias"])
+def test_what_is_wrong_in_one_process_is_said_in_all(of_two, name):
+    assert name in of_two[0][name]
+    if name != "bias":
+        assert of_two[0][name] == of_two[1][name]
