@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from hf_rece.data.prepare import prepare_log
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
@@ -40,8 +39,10 @@ from hf_rece.training.pretrain import pretrain as pretrain_model
 from hf_rece.training.run import (
     DataArguments,
     ModelArguments,
+    PrepareArguments,
     evaluate_recommender,
     load_splits,
+    prepare_as_asked,
     show_metrics,
     show_recommendations,
     train_recommender,
@@ -104,20 +105,6 @@ class PretrainDefaults(LargeVocabTrainingArguments):
 
 
 @dataclass
-class PrepareArguments:
-    """Where a prepared log goes."""
-
-    output_dir: str = field(metadata={"help": "Folder: new, empty or a prepared log."})
-    n_shards: int | None = field(
-        default=None,
-        metadata={"help": "Files a split; more take less memory. None: by the size of the log."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace a log prepared with other files or settings."}
-    )
-
-
-@dataclass
 class EvaluateArguments:
     """Which model to evaluate."""
 
@@ -156,23 +143,7 @@ def train(words: Sequence[str] | None = None) -> None:
 def prepare(words: Sequence[str] | None = None) -> None:
     """Turn a log that need not fit into memory into sequences on disk."""
     data, where = parse((DataArguments, PrepareArguments), words, "prepare")
-    if data.train_file is None:
-        raise ArgumentError("train_file", None, "no log", "Pass files: 'logs/*.parquet'")
-    prepared = prepare_log(
-        data.train_file,
-        where.output_dir,
-        user_column=data.user_column,
-        item_column=data.item_column,
-        time_column=data.time_column,
-        separator=data.separator,
-        min_user_interactions=data.min_user_interactions,
-        min_item_interactions=data.min_item_interactions,
-        split=data.split,
-        quantile=data.test_quantile,
-        n_shards=where.n_shards,
-        overwrite=where.overwrite,
-        progress=True,
-    )
+    prepared = prepare_as_asked(data, where)
     console = Console()
     console.print(prepared.description, highlight=False)
     console.print(f"Prepared in {where.output_dir}: hf-rece train --train_file {where.output_dir}")

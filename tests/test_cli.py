@@ -41,6 +41,49 @@ def test_train_saves_model_tokenizer_and_metrics(trained):
     assert json.loads((folder / "model" / "config.json").read_text())["loss_type"] == "rece"
 
 
+@pytest.fixture(scope="module")
+def trained_from_disk(tmp_path_factory):
+    """A log in several files, prepared, and a model with compressed items trained on it."""
+    from hf_rece.data.synthetic import generate_interactions
+
+    folder = tmp_path_factory.mktemp("disk")
+    for i, part in enumerate(generate_interactions(60, 50, seed=1).iter_slices(300)):
+        part.rename({"user_id": "who"}).write_csv(folder / f"log-{i}.csv")
+    words = ["--train_file", str(folder / "log-*.csv"), "--output_dir", str(folder / "prepared")]
+    cli.prepare([*words, "--user_column", "who", "--n_shards", "2", "--split", "temporal",
+                 "--test_quantile", "0.6"])  # fmt: skip
+    table = {"type": "compositional", "compression": 2, "n_codes": 4}
+    words = ["--train_file", str(folder / "prepared"), "--output_dir", str(folder / "model")]
+    cli.train([*words, *QUICK, "--item_embedding", json.dumps(table), "--eval_users", "9"])
+    return folder
+
+
+def test_a_prepared_log_trains_and_evaluates(trained_from_disk, capsys):
+    model = trained_from_disk / "model"
+    names = {path.name for path in model.iterdir()}
+    assert {"config.json", "model.safetensors", "items.json", "metrics.json"} <= names
+    config = json.loads((model / "config.json").read_text())
+    assert config["training_run"]["data"].startswith("temporal split, users active after the 0.6")
+    assert config["training_run"]["epochs"] == 1
+    words = ["--train_file", str(trained_from_disk / "prepared"), "--model_name_or_path"]
+    capsys.readouterr()
+    cli.evaluate([*words, str(model), "--eval_users", "9"])
+    found = capsys.readouterr().out
+    wanted = json.loads((model / "metrics.json").read_text())["test"]["ndcg@10"]
+    assert f"{wanted:.4f}" in found
+
+
+def test_a_prepared_log_of_other_items_is_refused(trained_from_disk, trained):
+    words = ["--train_file", str(trained_from_disk / "prepared"), "--model_name_or_path"]
+    with pytest.raises(DataError, match="its items are not those of the model"):
+        cli.evaluate([*words, str(trained[0] / "model")])
+
+
+def test_prepare_needs_files(tmp_path):
+    with pytest.raises(ArgumentError, match="train_file=None: no log"):
+        cli.prepare(["--output_dir", str(tmp_path)])
+
+
 def test_train_reads_an_atomic_file_of_recbole(tmp_path):
     names = {"user_id": "user_id:token", "item_id": "item_id:token", "timestamp": "timestamp:float"}
     log = generate_interactions(60, 50)

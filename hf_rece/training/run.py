@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, EarlyStoppingCallback, PreTrainedConfig
 
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
-from hf_rece.data.prepared import is_prepared, open_prepared
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import PreparedLog, is_prepared, open_prepared
 from hf_rece.data.splits import HISTORY, TARGET, leave_one_out_split, temporal_split
 from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
@@ -87,6 +88,20 @@ class DataArguments:
 
 
 @dataclass
+class PrepareArguments:
+    """Where a prepared log goes."""
+
+    output_dir: str = field(metadata={"help": "Folder: new, empty or a prepared log."})
+    n_shards: int | None = field(
+        default=None,
+        metadata={"help": "Files a split; more take less memory. None: by the size of the log."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a log prepared with other files or settings."}
+    )
+
+
+@dataclass
 class ModelArguments:
     """The backbone, made from scratch."""
 
@@ -132,6 +147,32 @@ class TrainedRun:
     metrics: Metrics
     baseline: Metrics
     splits: Mapping[str, Any]
+
+
+def prepare_as_asked(data: DataArguments, where: PrepareArguments) -> PreparedLog:
+    """Prepare the log of the arguments, and show how far it is on stderr.
+
+    Raises:
+        ArgumentError: without train_file, or as prepare_log.
+        DataError: as prepare_log.
+    """
+    if data.train_file is None:
+        raise ArgumentError("train_file", None, "no log", "Pass files: 'logs/*.parquet'")
+    return prepare_log(
+        data.train_file,
+        where.output_dir,
+        user_column=data.user_column,
+        item_column=data.item_column,
+        time_column=data.time_column,
+        separator=data.separator,
+        min_user_interactions=data.min_user_interactions,
+        min_item_interactions=data.min_item_interactions,
+        split=data.split,
+        quantile=data.test_quantile,
+        n_shards=where.n_shards,
+        overwrite=where.overwrite,
+        progress=True,
+    )
 
 
 def load_splits(

@@ -6,7 +6,8 @@ A synthetic log (strings as ids, a million items) goes to 24 Parquet files, one 
 time, a quarter of a million users after another; a fresh process prepares it (leave-one-out, three
 interactions a user at least). Peaks are of resident memory (VmHWM); CPU seconds add up all threads.
 With --in_memory, another fresh process does the same by load_interactions and leave_one_out_split.
-Files are removed at the end. Writes results/prepare.json, a row for each number of interactions.
+Writes results/prepare.json, a row for each number of interactions. With --folder, the log stays
+there for another time; all else is removed.
 """
 
 import argparse
@@ -34,9 +35,11 @@ RESULTS = Path(__file__).parent / "results" / "prepare.json"
 N_FILES, USERS_A_CHUNK, MEAN_LENGTH = 24, 250_000, 12.0
 
 
-def write_log(folder: Path, n_interactions: int, n_items: int) -> int:
-    """Write the log, a chunk of users at a time; return how many interactions it has."""
-    folder.mkdir()
+def write_log(folder: Path, n_interactions: int, n_items: int) -> None:
+    """Write the log, a chunk of users at a time, unless it is there."""
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
     written = chunk = 0
     with ExitStack() as stack:
         writers = None
@@ -55,7 +58,6 @@ def write_log(folder: Path, n_interactions: int, n_items: int) -> int:
             for writer, table in zip(writers, tables, strict=True):
                 writer.write_table(table)
             written, chunk = written + len(rows), chunk + 1
-    return written
 
 
 def months(rows: pl.DataFrame) -> list[pl.DataFrame]:
@@ -66,18 +68,17 @@ def months(rows: pl.DataFrame) -> list[pl.DataFrame]:
     return [rows[a:b] for a, b in pairwise(ends)]
 
 
-def measure(folder: Path, in_memory: bool) -> dict[str, float]:
+def measure(source: str, output: str | None) -> dict[str, float]:
     before = resident_mib("VmHWM")
     started, worked = time.perf_counter(), time.process_time()
-    source = str(folder / "log" / "*.parquet")
-    if in_memory:
+    if output is None:
         log = k_core_filter(
             load_interactions(source), min_user_interactions=3, min_item_interactions=1
         )
         splits = leave_one_out_split(log, ItemTokenizer.from_interactions(log))
         found = {"train_sequences": len(splits["train"])}
     else:
-        prepared = prepare_log(source, folder / "prepared", progress=True)
+        prepared = prepare_log(source, output, progress=True)
         found = {
             "train_sequences": len(prepared.split("train")),
             "items": prepared.manifest["items"],
@@ -88,22 +89,22 @@ def measure(folder: Path, in_memory: bool) -> dict[str, float]:
         "seconds": round(seconds, 1),
         "cpu_seconds": round(time.process_time() - worked, 1),
         "peak_mib": round(resident_mib("VmHWM")),
-        "imports_mib": round(before),
+        "peak_mib_of_imports": round(before),
     }
 
 
 def run(n_interactions: int, n_items: int, in_memory: bool, where: str | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=where) as folder:
-        started = time.perf_counter()
-        written = write_log(Path(folder) / "log", n_interactions, n_items)
-        row = {"interactions": written, "writing_seconds": round(time.perf_counter() - started, 1)}
-        row["log_mib"] = size_mib(Path(folder) / "log")
-        row |= in_fresh_process([__file__, "--measure", folder])
+        log = Path(where or folder) / f"log_{n_interactions}_{n_items}"
+        write_log(log, n_interactions, n_items)
+        words = [__file__, "--measure", str(log / "*.parquet")]
+        row = {"interactions": n_interactions, "log_mib": size_mib(log)}
+        row |= in_fresh_process([*words, f"{folder}/prepared"])
         if "seconds" in row:
-            row["interactions_per_second"] = round(written / row["seconds"])
+            row["interactions_per_second"] = round(n_interactions / row["seconds"])
             row["prepared_mib"] = size_mib(Path(folder) / "prepared")
         if in_memory:
-            other = in_fresh_process([__file__, "--measure", folder, "--in_memory"])
+            other = in_fresh_process(words)
             row |= {f"{name}_in_memory": value for name, value in other.items()}
         return row
 
@@ -117,11 +118,12 @@ def main() -> None:
     parser.add_argument("--interactions", type=int, default=5_000_000)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--in_memory", action="store_true", help="measure the way in memory too")
-    parser.add_argument("--folder", help="where there is space; about 100 bytes an interaction")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="where there is space: 50 bytes an interaction")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        sys.stdout.write(json.dumps(measure(Path(args.measure), args.in_memory)) + "\n")
+        source, output = [*args.measure, None][:2]
+        sys.stdout.write(json.dumps(measure(source, output)) + "\n")
         return
     row = run(args.interactions, args.items, args.in_memory, args.folder)
     table = Table(title=f"{row['interactions']:,} interactions")
