@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class FiniteSteps(Trainer):
         both = torch.stack([finite, states])
         self._finite = both if self._finite is None else self._finite & both
         if self.accelerator.sync_gradients:  # before clipping, which by NaN leaves NaN everywhere
-            self._gradients = finite_gradients(self.model.parameters())
+            self._gradients = finite_gradients(cast("nn.Module", self.model).parameters())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
