@@ -42,6 +42,10 @@ class WholeCheckpoints(Trainer):
     train(resume_from_checkpoint=True) takes the newest checkpoint that is whole, and says which it
     leaves out: transformers' Trainer, killed while it saves, leaves one without its optimizer, and
     would go on from there with a new one.
+
+    On a CPU, in one process with as many threads, a resumed run ends with the weights of an
+    undisturbed one to the bit, whatever the loss. On GPUs rows are added up in any order, by torch
+    and by Triton's kernels, unless args.full_determinism is set.
     """
 
     _is_saving = False

@@ -151,10 +151,11 @@ def test_row_sparse_gradients_are_looked_at_too(data, tmp_path):
 # ------------------------------------------------------------------------------------------ losses
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # C++, and torch
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", get_args(LossName))
-def test_every_loss_of_states_that_are_not_finite_is_not_finite(name, value, inputs):
-    hidden, weight, labels = inputs(n_tokens=40, n_classes=60)
+def test_every_loss_of_states_that_are_not_finite_is_not_finite(name, value, dtype, inputs):
+    hidden, weight, labels = inputs(n_tokens=40, n_classes=60, dtype=dtype)
     hidden.data[7:9] = value
     with watch_states() as watch:
         loss = build_loss(name)(hidden, weight, labels)
