@@ -79,7 +79,8 @@ def test_no_file_unpickles_or_runs_what_it_reads(path):
     for name, named in calls_of(path):
         assert name not in CALLS
         assert not name.startswith(("os.system", "os.exec", "os.spawn", "os.popen"))
-        assert name not in ("torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load")
+        assert name not in ("torch.load", "yaml.load", "yaml.unsafe_load")
+        assert name not in ("np.load", "numpy.load") or named.get("allow_pickle") == "False"
         assert named.get("trust_remote_code", "False") != "True"
 
 
@@ -142,7 +143,7 @@ def test_a_backbone_that_only_the_repository_knows_is_refused(saved):
     own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     (folder / "config.json").write_text(json.dumps({**config, "backbone": own}))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(ArgumentError, match="backbone='evil': no such model_type"):
+    with pytest.raises(ArgumentError, match="backbone='evil': no decoder"):
         RecommenderModel.from_pretrained(folder)
     assert not (folder / "ran").exists()
 
@@ -202,7 +203,7 @@ def test_an_index_of_another_size_is_refused(saved, tmp_path):
     ItemIndex.build(RecommenderModel.from_pretrained(saved())).save(tmp_path)
     path = tmp_path / SETTINGS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_rows": 10**12}))
-    with pytest.raises(DataError, match="do not belong together"):
+    with pytest.raises(DataError, match="n_rows is"):
         ItemIndex.load(tmp_path)
 
 

@@ -44,13 +44,13 @@ def as_backbone(
         config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
     else:
         config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
-    check_sizes(config)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
     theirs = config.model_type in CONFIG_MAPPING_NAMES
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     sees_later = config.is_encoder_decoder or config.model_type in _BIDIRECTIONAL
     if theirs and (sees_later or not is_decoder):
         raise _no_decoder(config.model_type)
+    check_sizes(config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     config.name_or_path = ""  # may be a path of this machine, which nobody else needs to know
