@@ -1,6 +1,6 @@
 PYTHON ?= .venv/bin/python
 
-.PHONY: check format test slow
+.PHONY: check format test slow fuzz
 
 check: test
 	$(PYTHON) -m ruff check .
@@ -16,3 +16,6 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+fuzz:
+	$(PYTHON) recipes/benchmarks/fuzz.py

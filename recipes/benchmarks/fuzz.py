@@ -54,7 +54,9 @@ def run_file(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--minutes", type=float, default=40, help="at most, for a property")
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="of the processor at most, for a property"
+    )
     parser.add_argument("--only", nargs="*", help="files by name, such as losses")
     parser.add_argument("--file", type=Path, help="run this one here and print JSON")
     args = parser.parse_args()

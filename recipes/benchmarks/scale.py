@@ -27,18 +27,15 @@ from environment import environment
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
+from scale_measured import FITTED, HELD_OUT, fitted, measured
 from scale_model import (
     ASSUMPTIONS,
-    FITTED,
     GPUS,
-    HELD_OUT,
     SHARDINGS,
     TABLES,
     Case,
     Device,
     cost_of,
-    fitted,
-    measured,
     seconds,
 )
 
@@ -88,25 +85,29 @@ def check(console: Console) -> dict[str, Any]:
     for file, case, row in measured(HELD_OUT):
         cost = cost_of(case)
         own = 0 if case.updates else cost.memory["table"]  # losses.py counts from the table on
+        predicted = sum(seconds(cost, processor).values()) if "seconds" in row else None
         rows.append(
             {
                 "file": file,
-                "loss": case.loss,
-                "table": case.table,
-                "seconds": row["seconds"],
-                "predicted_seconds": round(sum(seconds(cost, processor).values()), 4),
+                "case": ", ".join(
+                    [case.loss, case.table] + [f"{case.ranks} processes"] * case.is_cut
+                ),
+                "seconds": row.get("seconds"),
+                "predicted_seconds": predicted and round(predicted, 4),
                 "mib": row["extra_peak_mib"],
                 "predicted_mib": round((cost.bytes - own) / 2**20, 1),
             }
         )
-    table = Table(title="Held out: measured on one CPU, and what was predicted")
+    table = Table(title="Held out: measured on CPUs, and what was predicted")
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if name in ("file", "loss", "table") else "right")
+        table.add_column(name, justify="left" if name in ("file", "case") else "right")
     for row in rows:
-        table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(
+            *("" if v is None else v if isinstance(v, str) else f"{v:,.2f}" for v in row.values())
+        )
     console.print(table)
     factors = {
-        name: sorted(_factor(row[name], row[f"predicted_{name}"]) for row in rows)
+        name: sorted(_factor(row[name], row[f"predicted_{name}"]) for row in rows if row[name])
         for name in ("seconds", "mib")
     }
     for name, off in factors.items():

@@ -8,15 +8,10 @@ this machine's processor are fitted to steps that were measured here; those of G
 what their data sheets promise. ASSUMPTIONS says what is left out.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from hf_rece.embeddings.compositional import resolve_radices
 from hf_rece.embeddings.digits import narrowest
@@ -24,7 +19,6 @@ from hf_rece.losses import LOSSES
 from hf_rece.losses.estimates import Estimate, Shape, dense_estimate
 from hf_rece.losses.options import SPARSE_GRAD_LOSSES
 
-RESULTS = Path(__file__).parent / "results"
 FLOAT = 4  # bytes: parameters, gradients and moments are float32
 COMPRESSION, N_CODES, SIGNATURE_BYTES = 16, 8, 16
 SECTOR = 32  # bytes that a GPU reads for any one number
@@ -329,62 +323,3 @@ def seconds(cost: Cost, device: Device, ranks: int = 1) -> dict[str, float]:
         "messages": cost.sent / link + cost.messages * hops if cost.sent else 0.0,
         "launch": device.launch,
     }
-
-
-# ---------------------------------------------------------------------------------- this machine
-
-
-# Speeds are fitted to the first and held against the second.
-FITTED = (
-    "losses_4096_100000_64",
-    "tables_4096_100000_64",
-    "tables_4096_10000000_64_sparse_grad",
-)
-HELD_OUT = ("losses_25600_1000000_64", "losses_2048_151936_896", "tables_4096_10000000_64")
-
-
-def measured(files: Iterable[str]) -> list[tuple[str, Case, dict[str, Any]]]:
-    """Return the steps that losses.py and tables.py measured on a CPU: file, case and figures."""
-    found: list[tuple[str, Case, dict[str, Any]]] = []
-    for name in files:
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text())
-        if name.startswith("losses"):
-            sizes = record["shape"]
-            case = Case(sizes["classes"], sizes["width"], sizes["tokens"], device="cpu")
-            rows = {
-                replace(case, loss=loss, updates=False): row
-                for loss, row in record["losses"].items()
-                if loss in LOSSES or loss == "dense"
-            }
-        else:
-            rows = dict(_table_rows(record))
-        found += [(name, case, row) for case, row in rows.items() if "seconds" in row]
-    return found
-
-
-def _table_rows(record: dict[str, Any]) -> Iterable[tuple[Case, dict[str, Any]]]:
-    n_tokens, n_items, width = record["shape"]
-    names = {"dense": "dense", "dense, sparse_grad": "sparse_grad", "codes": "compositional"}
-    for key, row in record["runs"].items():
-        loss, table = key.split(", ", 1)
-        table = {**names, "lma": "lma"}.get(table)
-        if table is not None:
-            case = Case(n_items, width, n_tokens, loss=loss, table=table, device="cpu")
-            yield case, row
-
-
-def fitted(steps: Iterable[tuple[Case, float]]) -> Device:
-    """Return the processor whose speeds explain the seconds of these steps best, in ratio."""
-    names = ("products", "streams", "gathers", "lookups")
-    rows, wanted = [], []
-    for case, took in steps:
-        work = cost_of(case).work
-        rows.append([work[name] / took for name in names] + [1 / took])
-        wanted.append(1.0)
-    scale = np.abs(rows).max(0)
-    slowness = nnls(np.array(rows) / scale, np.array(wanted))[0] / scale
-    rates = [1 / slow if slow else float("inf") for slow in slowness[:-1]]
-    return Device(0.0, *rates, launch=float(slowness[-1]))

@@ -1,7 +1,8 @@
 """How many cases a property is tried on, and how many it really was.
 
-FUZZ_CASES in the environment asks for so many of every property, and FUZZ_MINUTES for no more time
-than that each, as recipes/benchmarks/fuzz.py does; without, each has its own few dozens.
+FUZZ_CASES in the environment asks for so many of every property, and FUZZ_MINUTES for no more of
+the processor's time than that each, as recipes/benchmarks/fuzz.py does; without, each has its own
+few dozens.
 """
 
 import functools
@@ -23,8 +24,8 @@ def cases(few, strategy):
 
         @functools.wraps(test)
         def counted(case):
-            started.append(time.monotonic()) if not started else None
-            if time.monotonic() - started[0] > 60 * minutes:
+            started.append(time.process_time()) if not started else None
+            if time.process_time() - started[0] > 60 * minutes:
                 return
             test(case)
             TRIED[test.__name__] += 1
