@@ -13,6 +13,7 @@ import transformers.trainer as of_transformers
 
 from hf_rece.errors import ArgumentError, DataError, WriteError
 from hf_rece.models.recommender import RecommenderModel
+from hf_rece.training.reporting import TRAINING_RUN
 from tests.training.test_trainer import make_data, make_trainer
 
 data = pytest.fixture(make_data, scope="module", name="data")
@@ -31,7 +32,7 @@ SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
 def names(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != TRAINING_RUN)
 
 
 def same_weights(one, other):
@@ -136,7 +137,7 @@ def test_resuming_past_a_damaged_checkpoint_ends_as_if_nothing_had_happened(data
 
 def test_where_none_is_whole_all_are_named(data, saved, tmp_path):
     folder = copy_of(saved, tmp_path)
-    for checkpoint in folder.iterdir():
+    for checkpoint in folder.glob("checkpoint-*"):
         remove(checkpoint / "optimizer.pt")
     trainer = make_trainer(data, folder, **SAVING)
     with pytest.raises(ArgumentError, match=r"checkpoint-6: there is no optimizer.*checkpoint-2:"):
