@@ -107,7 +107,7 @@ def write_comparison(comparison: Comparison, output: str | Path) -> None:
     Raises:
         ArgumentError: as check_output.
     """
-    check_output(output)
+    check_output(str(output))
     path = Path(output)
     with complete_files(path.parent, path.name) as folder:
         part = folder / path.name
