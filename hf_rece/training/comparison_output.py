@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_rece.errors import ArgumentError
+from hf_rece.files import complete_files
 from hf_rece.training.compare import Comparison, data_letters, is_lower_better, short_digest
 
 _PLOTS, _TABLES = (".png", ".svg", ".pdf"), (".csv", ".json")
@@ -106,14 +107,16 @@ def write_comparison(comparison: Comparison, output: str | Path) -> None:
     Raises:
         ArgumentError: as check_output.
     """
-    output = str(output)
-    check_output(output)
-    if output.endswith(_PLOTS):
-        plot_comparison(comparison).savefig(output, dpi=140)
-    elif output.endswith(".csv"):
-        comparison.table.write_csv(output)
-    else:
-        Path(output).write_text(json.dumps(_as_json(comparison), indent=1) + "\n", "utf-8")
+    check_output(str(output))
+    path = Path(output)
+    with complete_files(path.parent, path.name) as folder:
+        part = folder / path.name
+        if path.name.endswith(_PLOTS):
+            plot_comparison(comparison).savefig(part, dpi=140)
+        elif path.suffix == ".csv":
+            comparison.table.write_csv(part)
+        else:
+            part.write_text(json.dumps(_as_json(comparison), indent=1) + "\n", "utf-8")
 
 
 def plot_comparison(comparison: Comparison) -> Any:

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
+from hf_rece.files import write_text
 from hf_rece.head import find_head
 from hf_rece.training.publishing import Publishing
 from hf_rece.training.sparsity import DynamicSparsityCallback
@@ -68,7 +69,7 @@ class Reporting(Publishing):
         if self._facts is not None and self.is_world_process_zero() and folder.is_dir():
             record = {**self._facts, "log_history": self.state.log_history}
             text = json.dumps(record, indent=1, default=str)
-            (folder / TRAINING_RUN).write_text(text + "\n", "utf-8")
+            write_text(folder / TRAINING_RUN, text + "\n")
 
 
 def run_facts(trainer: Any, seconds: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import transformers.trainer as of_transformers
 
 from hf_rece.errors import ArgumentError, DataError, WriteError
 from hf_rece.models.recommender import RecommenderModel
+from hf_rece.training.reporting import TRAINING_RUN
 from tests.training.test_trainer import make_data, make_trainer
 
 data = pytest.fixture(make_data, scope="module", name="data")
@@ -32,7 +33,7 @@ SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
 def names(folder):
-    return sorted(path.name for path in Path(folder).iterdir() if path.name != RECORD)
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != TRAINING_RUN)
 
 
 def same_weights(one, other):
