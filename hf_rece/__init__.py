@@ -14,7 +14,14 @@ from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.compositional import CompositionalEmbedding
 from hf_rece.embeddings.lma import LMAEmbedding
-from hf_rece.errors import ArgumentError, DataError, HfReceError, HubError
+from hf_rece.errors import (
+    ArgumentError,
+    DataError,
+    HfReceError,
+    HubError,
+    NonfiniteError,
+    WriteError,
+)
 from hf_rece.head import (
     LargeVocabHead,
     find_head,
@@ -85,6 +92,7 @@ __all__ = [
     "LargeVocabSFTTrainer",
     "LargeVocabTrainer",
     "LargeVocabTrainingArguments",
+    "NonfiniteError",
     "RECEConfig",
     "RecommenderConfig",
     "RecommenderModel",
@@ -97,6 +105,7 @@ __all__ = [
     "SampledSoftmaxConfig",
     "SequenceStream",
     "StratifiedConfig",
+    "WriteError",
     "__version__",
     "bce_loss",
     "build_loss",

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_rece.files import write_text
+
 README = "README.md"
 _MARK = "<!-- Written by hf_rece, and updated as long as nobody edits it. {digest} -->"
 _MARKED = re.compile(re.escape(_MARK).replace(re.escape("{digest}"), "([0-9a-f]{16})") + r"\s*$")
@@ -125,7 +127,7 @@ def write_card(folder: str | Path, card: Card) -> bool:
             )
             return False
         _keep_metadata(ModelCard(before, ignore_metadata_errors=True).data.to_dict(), data)
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{card.text()}", "utf-8")
+    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{card.text()}")
     return True
 
 

@@ -67,7 +67,7 @@ USAGE = """usage: hf-rece COMMAND [--flag value ...] [CONFIG.yaml]
 hf-rece COMMAND --help lists the flags; a YAML file may hold them instead, and flags override it."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainDefaults(RecommenderTrainingArguments):
     """Training arguments with defaults that suit a first run on a CPU."""
 
@@ -91,7 +91,7 @@ class TrainDefaults(RecommenderTrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the loss."})
 
 
-@dataclass
+@dataclass(repr=False)
 class PretrainDefaults(LargeVocabTrainingArguments):
     """Training arguments with defaults that suit a first language model."""
 

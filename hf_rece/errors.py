@@ -48,3 +48,30 @@ class HubError(HfReceError, OSError):
 
     def __init__(self, repo_id: str, problem: str, fix: str) -> None:
         super().__init__(f"{repo_id}: {problem}. {fix}.")
+
+
+class WriteError(HfReceError, OSError):
+    """A file or folder could not be written; what was there before is as it was.
+
+    Args:
+        path: what was to be written.
+        problem: why it was not, without a final full stop.
+        fix: what to do about it, without a final full stop.
+    """
+
+    def __init__(self, path: object, problem: str, fix: str) -> None:
+        super().__init__(f"{path}: {problem}. {fix}.")
+
+
+class NonfiniteError(HfReceError, FloatingPointError):
+    """An optimiser step would have been made with NaN or infinite numbers.
+
+    Args:
+        step: number of the optimiser step, counted from 1.
+        problem: what is not finite, without a final full stop.
+        fix: what to do about it, without a final full stop.
+    """
+
+    def __init__(self, step: int, problem: str, fix: str) -> None:
+        self.step = step
+        super().__init__(f"step {step}: {problem}. {fix}.")

@@ -31,7 +31,7 @@ def test_steps_that_were_not_fitted_are_predicted(model):
         own = 0 if case.updates else cost.memory["table"]
         in_seconds.append(off(row["seconds"], sum(model.seconds(cost, processor).values())))
         in_bytes.append(off(row["extra_peak_mib"] * 2**20, cost.bytes - own))
-    assert max(in_seconds) < 4
+    assert max(in_seconds) < 5
     assert median(in_seconds) < 2
     assert max(in_bytes) < 1.25
 

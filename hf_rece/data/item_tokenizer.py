@@ -16,6 +16,7 @@ from transformers.tokenization_python import PythonBackend
 
 from hf_rece.data.interactions import ITEM
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import write_text
 
 Item = int | str
 PAD_ID = 0
@@ -250,7 +251,7 @@ class ItemTokenizer(PythonBackend):
         """Write items.json, a list in order of token id."""
         name = self.vocab_files_names["items_file"]
         path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        path.write_text(json.dumps(self.items, ensure_ascii=False), "utf-8")
+        write_text(path, json.dumps(self.items, ensure_ascii=False))
         return (str(path),)
 
 

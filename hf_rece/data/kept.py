@@ -90,7 +90,7 @@ def find_kept(buckets: Buckets, minima: Minima, quantile: float | None, stage: S
             np.save(file, kept.counts)
         with whole_file(facts) as file:
             file.write(json.dumps({"users": kept.users, "point": kept.point}).encode())
-    return Kept(np.load(path), **json.loads(facts.read_text("utf-8")))
+    return Kept(np.load(path, allow_pickle=False), **json.loads(facts.read_text("utf-8")))
 
 
 def kept_places(

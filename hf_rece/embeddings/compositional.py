@@ -21,6 +21,8 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
 from hf_rece.ops.rows import SeparableRows, add_rows, mixed_radix_digits
 
+_MOST_ROWS = 2**20  # of factors, where there are fewer ids
+
 Operation = Literal["mult", "add", "concat"]
 
 
@@ -253,6 +255,13 @@ def resolve_radices(
             f"{sum(radices) if budget is None else budget} rows of factors cannot number "
             f"{n_rows} ids",
             "Pass two or more radices whose product is at least that, or less compression",
+        )
+    if sum(radices) > max(n_rows, _MOST_ROWS):
+        raise ArgumentError(
+            "radices",
+            radices,
+            f"{sum(radices)} rows of factors for {n_rows} ids",
+            "Pass radices with a smaller sum, or a dense table",
         )
     if n_codes is not None and n_codes != len(radices):
         raise ArgumentError(

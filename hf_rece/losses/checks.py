@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
+from hf_rece.losses.watching import current_watch
 from hf_rece.ops.rows import OutputRows
 from hf_rece.ops.shards import ShardedRows
 
@@ -128,7 +129,10 @@ def check_values(
                 "these classes are in excluded_ids",
                 f"Set them to ignore_index={ignore_index}, or take them out of excluded_ids",
             )
-    if bool(torch.isnan(states).any()):
+    watch = current_watch()
+    if watch is not None:
+        watch.note(states)
+    elif bool(torch.isnan(states).any()):
         raise ArgumentError(
             "hidden",
             "NaN",

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.sizes import check_sizes
 
 # In transformers' list of causal language models, but their plain forward sees the whole sequence.
 _BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
@@ -27,8 +28,8 @@ def as_backbone(
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for what is no configuration, or an architecture of transformers that is no
-            decoder.
+        ArgumentError: for what is no configuration, an architecture of transformers that is no
+            decoder, or sizes that no model has.
     """
     if not isinstance(backbone, dict | PreTrainedConfig | None):
         raise ArgumentError(
@@ -49,6 +50,7 @@ def as_backbone(
     sees_later = config.is_encoder_decoder or config.model_type in _BIDIRECTIONAL
     if theirs and (sees_later or not is_decoder):
         raise _no_decoder(config.model_type)
+    check_sizes(config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     config.name_or_path = ""  # may be a path of this machine, which nobody else needs to know

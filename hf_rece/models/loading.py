@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
@@ -118,6 +119,64 @@ def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
         )
 
 
+def check_shards(source: str, hub: Mapping[str, Any]) -> None:
+    """Check that the index of sharded weights, if there is one, names files beside it.
+
+    Raises:
+        DataError: if it is damaged, or names a file elsewhere: transformers would open that.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quiet, **hub)
+    problem = None if index is None else _problem_of_index(Path(index))
+    if problem is not None:
+        raise DataError(source, problem, "Do not use it, or save the model again")
+
+
+def problem_of_shards(folder: Path) -> str | None:
+    """Return what is wrong with the sharded weights in a folder, None if nothing."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return None
+    problem = _problem_of_index(index)
+    if problem is not None:
+        return problem
+    names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    return f"there is no {', '.join(missing)} in it" if missing else None
+
+
+def _problem_of_index(index: Path) -> str | None:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{index.name} is damaged"
+    # Symbolic links are fine: so the cache of the Hub stores files.
+    astray = sorted(str(name) for name in names if Path(str(name)).name != name)
+    return f"{index.name} names files elsewhere ({', '.join(astray[:3])})" if astray else None
+
+
+def check_keys(source: str, info: Mapping[str, Any]) -> None:
+    """Check that a model took all weights of a file, and all of its own from it.
+
+    Args:
+        source: folder or Hub id.
+        info: what from_pretrained returns with output_loading_info.
+
+    Raises:
+        DataError: if some are left over, or were missing and made at random.
+    """
+    for key, problem in (("missing_keys", "lack"), ("unexpected_keys", "have besides")):
+        names = sorted(map(str, info.get(key) or ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise DataError(
+                source,
+                f"its weights do not fit its {CONFIG_NAME}: they {problem} "
+                f"{', '.join(names[:3])}{more}",
+                "Save the model again; with ignore_mismatched_sizes=True it is loaded all the same",
+            )
+
+
 @contextmanager
 def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
     """Turn errors of loading into one message that names the argument, its value and the fix.
@@ -129,7 +188,7 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         ArgumentError: for a repository or revision that is not there or not to be read.
         DataError: for weights that are damaged, or do not fit the configuration, and for a
-            configuration that is not JSON.
+            configuration that is not JSON, or whose values are of other types.
     """
     try:
         yield
@@ -164,6 +223,10 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
                 "Copy or download it again, from the Hub with force_download=True",
             ) from error
         raise
+    except StrictDataclassError as error:
+        raise DataError(
+            source, f"its {CONFIG_NAME} cannot be used ({_first_line(error)})", "Save it again"
+        ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error) and "CONVERSION" not in str(error):
             raise

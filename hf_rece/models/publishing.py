@@ -22,14 +22,19 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
+from torch import distributed
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.card import README, is_generated, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import ArgumentError, HubError
+from hf_rece.files import complete_files, finish_files, make_folder, write_text
 from hf_rece.models.loading import (
     check_config,
     check_is_recommender,
+    check_keys,
+    check_shards,
     check_sizes,
     clear_loading_errors,
     damaged_settings,
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
 # What an earlier version may have left, and from_pretrained would read beside a later one.
 _REPLACED = ("model*.safetensors", "model.safetensors.index.json", "items.json")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _PUSH_OPTIONS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr",
     "tags",
@@ -63,17 +69,30 @@ class PublishedRecommender(ShardedCheckpoints):
     ) -> None:
         """Save config and weights, the tokenizer where the model has one, and a model card.
 
-        A README.md that somebody wrote or edited stays as it is, with a warning.
+        A README.md that somebody wrote or edited stays as it is, with a warning. A model that was
+        there before stays too until the new one is complete.
 
         Args:
             save_directory: folder; its name is the model's in the card.
             **kwargs: as PreTrainedModel's; with push_to_hub=True also those of push_to_hub.
+
+        Raises:
+            WriteError: if the disk is full or the folder cannot be written.
         """
         if self.vocab_shards is not None:
             kwargs["is_main_process"] = self.vocab_shards.rank == 0
         pushes = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
-        self._save_without_card(save_directory, **kwargs)
+        together = kwargs.get("distributed_checkpoint", False)
+        if together or not kwargs.get("is_main_process", True):
+            self._save_without_card(save_directory, **kwargs)
+        else:
+            stale = () if kwargs.get("variant") else WEIGHTS
+            folder = make_folder(save_directory)
+            with complete_files(folder, CONFIG_NAME, replaced=stale) as part:
+                self._save_without_card(part, **kwargs)
+        if self.vocab_shards is not None and self.vocab_shards.world_size > 1:
+            distributed.barrier(self.vocab_shards.group)  # all may read the files now
         if kwargs.get("is_main_process", True):
             self.write_model_card(save_directory)
             if pushes:
@@ -176,21 +195,28 @@ class PublishedRecommender(ShardedCheckpoints):
             return super().from_pretrained(None, *args, **kwargs)
         source, hub = str(pretrained_model_name_or_path), hub_options(kwargs)
         kwargs.setdefault("use_safetensors", True)
+        if Path(source).is_dir():
+            finish_files(source, CONFIG_NAME, replaced=WEIGHTS)
         with clear_loading_errors(source, hub):
+            check_shards(source, hub)
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
                 check_config(source, cls.config_class, hub)
+            wants_info = kwargs.pop("output_loading_info", False)
             if kwargs.pop("vocab_parallel", False):
-                model: Self = cls._cut(source, kwargs, hub)
+                found: Any = cls._cut(source, kwargs, hub), {}
             else:
-                model = super().from_pretrained(source, *args, **kwargs)
-            loaded = model[0] if isinstance(model, tuple) else model
+                found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            loaded, info = found
+            if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+                check_keys(source, info)
             items_file = ItemTokenizer.vocab_files_names["items_file"]
             if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
                 with damaged_settings(source, "tokenizer_config.json or items.json"):
                     loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
-        return model
+        model: Self = loaded
+        return found if wants_info else model
 
     @classmethod
     def _cut(cls, source: str, given: Mapping[str, Any], hub: Mapping[str, Any]) -> Any:
@@ -250,7 +276,7 @@ def fetch_card(
         there = hf_hub_download(repo_id, README, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return
-    here.write_text(Path(there).read_text("utf-8"), "utf-8")
+    write_text(here, Path(there).read_text("utf-8"))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.losses.checks import check_between
 from hf_rece.models.backbone import as_backbone
+from hf_rece.models.sizes import check_size
 
 
 @strict
@@ -34,7 +35,7 @@ class RecommenderConfig(PreTrainedConfig):
 
     Raises:
         ArgumentError: for a value out of range, an unknown loss, knob, table or setting, a
-            reduction other than "mean", or a backbone that is no decoder.
+            reduction other than "mean", a backbone that is no decoder, or sizes that no model has.
     """
 
     model_type = "hf_rece_recommender"
@@ -59,6 +60,7 @@ class RecommenderConfig(PreTrainedConfig):
                 raise ArgumentError(
                     name, getattr(self, name), "no dictionary", "Pass one, or None for none"
                 )
+        check_size("vocab_size", self.vocab_size)
         self.backbone = as_backbone(self.backbone, self.vocab_size, self.pad_token_id)
         table = item_table_settings(self.item_embedding)
         knobs = self.loss_kwargs or {}

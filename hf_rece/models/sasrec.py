@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.checks import check_between
+from hf_rece.models.sizes import check_sizes
 
 
 @strict
@@ -42,8 +43,8 @@ class SASRecConfig(PreTrainedConfig):
         pad_token_id: token that fills up sequences.
 
     Raises:
-        ArgumentError: for sizes out of range, if heads do not divide the width, or hidden_act is
-            unknown.
+        ArgumentError: for sizes out of range, or that no model has, if heads do not divide the
+            width, or hidden_act is unknown.
     """
 
     model_type = "hf_rece_sasrec"
@@ -65,6 +66,7 @@ class SASRecConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(self)
         super().__post_init__(**kwargs)
         for name, least in _AT_LEAST.items():
             check_between(name, getattr(self, name), least)

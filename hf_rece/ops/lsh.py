@@ -11,6 +11,7 @@ from hf_rece.ops import native
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
 from hf_rece.ops.shards import ShardedRows
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 _LANE = 32
 
@@ -80,18 +81,22 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     if type(vectors) is DenseRows and native.serves(vectors.weight, directions):
         return native.nearest(vectors.weight, directions).to(dtype)
-    # Half a tile: the maximum is taken while the scores are still near the processor.
-    step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
     found = torch.empty(vectors.n_rows, dtype=dtype, device=directions.device)
     # Whole lanes of vector instructions: repeated directions change no maximum.
     padded = directions[
         torch.arange(-(-n_buckets // _LANE) * _LANE, device=found.device) % n_buckets
     ]
     countdown = torch.arange(len(padded), 0, -1, dtype=padded.dtype, device=found.device)
-    for start in range(0, vectors.n_rows, step):
-        piece = slice(start, min(start + step, vectors.n_rows))
-        scores = product(vectors.rows(piece).to(directions.dtype), padded)
-        found[piece] = len(padded) - _first_of_largest(scores, countdown)
+
+    def scan(tile_bytes: int) -> None:
+        # Half a tile: the maximum is taken while the scores are still near the processor.
+        step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
+        for start in range(0, vectors.n_rows, step):
+            piece = slice(start, min(start + step, vectors.n_rows))
+            scores = product(vectors.rows(piece).to(directions.dtype), padded)
+            found[piece] = len(padded) - _first_of_largest(scores, countdown)
+
+    with_smaller_tiles(tile_bytes, scan)
     return found.remainder_(n_buckets)  # equal directions need not round alike
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, cast
@@ -14,6 +14,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops import native, stream_native, stream_torch
 from hf_rece.ops.plan import Plan
 from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 
 Backend = Literal["auto", "torch", "native", "triton"]
@@ -157,7 +158,8 @@ def stream(
         ArgumentError: for an unknown backend, or one that cannot run here.
 
     Memory:
-        O(N + D * C) for the gradients, plus one tile. Forward keeps two numbers a token.
+        O(N + D * C) for the gradients, plus one tile. Forward keeps two numbers a token. Where a
+        tile does not fit, its pass begins again with tiles half as large, once, with a warning.
     """
     kernel = choose_kernel(backend, hidden, rows)
     how = _How(kernel, plan, rows, logit_scale, logit_softcap, observe=statistics is not None)
@@ -198,13 +200,18 @@ class _Stream(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        scores, plan = how.scores(hidden, bias), how.plan
+        scores = how.scores(hidden, bias)
+
+        def walk(tile_bytes: int) -> Any:
+            plan = replace(how.plan, tile_bytes=tile_bytes)
+            own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
+            return plan, own, *how.kernel.forward(scores, plan, observe=how.observe)
+
         # Autocast would run the tile's products in low precision.
         with torch.autocast(hidden.device.type, enabled=False):
-            own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
-            merged, winner, seen = how.kernel.forward(scores, plan, observe=how.observe)
+            plan, own, merged, winner, seen = with_smaller_tiles(how.plan.tile_bytes, walk)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
-        ctx.how = how
+        ctx.how = replace(how, plan=plan)
         merged = merged[: plan.n_tokens].clone()
         if seen is None:
             return own, merged, None, None
@@ -221,17 +228,23 @@ class _Stream(torch.autograd.Function):
         how: _How = ctx.how
         scores = how.scores(hidden, bias)
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
-        into = Gradients(
-            hidden=gradient_buffer(hidden) if wants_hidden else None,
-            rows=gradient_buffers(tensors, wants_rows),
-            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-            if wants_bias
-            else None,
-        )
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
+
+        def walk(tile_bytes: int) -> Gradients:
+            plan = replace(how.plan, tile_bytes=tile_bytes)
+            into = Gradients(
+                hidden=gradient_buffer(hidden) if wants_hidden else None,
+                rows=gradient_buffers(tensors, wants_rows),
+                bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
+                if wants_bias
+                else None,
+            )
+            stream_torch.label_backward(scores, labels, grad_own, into, plan.tile_bytes)
+            how.kernel.backward(scores, plan, merged, winner, padded, into)
+            return into
+
         with torch.autocast(hidden.device.type, enabled=False):
-            stream_torch.label_backward(scores, labels, grad_own, into, how.plan.tile_bytes)
-            how.kernel.backward(scores, how.plan, merged, winner, padded, into)
+            into = with_smaller_tiles(how.plan.tile_bytes, walk)
         rows_grads = [
             None if buffer is None else buffer.to(tensor.dtype)
             for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)

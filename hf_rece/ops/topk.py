@@ -16,6 +16,7 @@ from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
 from hf_rece.ops.products import product
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
 from hf_rece.ops.shards import ShardedRows, VocabShards
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 _QUERIES = 256
 # A first threshold from a sample spares the hits that later classes push out again.
@@ -62,7 +63,12 @@ def streamed_topk(
     if k < 1:
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
-    best = [_best_of(search, queries, k) for queries in search.query_blocks()]
+
+    def scan(tile_bytes: int) -> list[tuple[Tensor, Tensor]]:
+        sized = replace(search, tile_bytes=tile_bytes)
+        return [_best_of(sized, queries, k) for queries in search.query_blocks()]
+
+    best = with_smaller_tiles(search.tile_bytes, scan)
     scores, ids = torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
     return (scores, ids) if search.shards is None else _best_of_all(scores, ids, search.shards)
 
@@ -127,6 +133,20 @@ def label_rank(
         labels = search.shards.localise(labels, -1)
     # The error of an inner product is bounded by eps times the product of the norms.
     slack = 4 * torch.finfo(search.dtype).eps * states.norm(dim=1) * own_rows.norm(dim=1)
+
+    def scan(tile_bytes: int) -> tuple[Tensor, Tensor]:
+        return _count_above(replace(search, tile_bytes=tile_bytes), labels, own, slack)
+
+    greater, tied = with_smaller_tiles(search.tile_bytes, scan)
+    if search.shards is not None:
+        greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
+    return greater, tied
+
+
+def _count_above(
+    search: _Search, labels: Tensor, own: Tensor, slack: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return label_rank over the classes here, of labels that score own +- slack, each (N,)."""
     greater = torch.zeros_like(labels)
     tied = torch.zeros_like(labels)
     for queries in search.query_blocks():
@@ -139,8 +159,6 @@ def label_rank(
             n_above = (tile > above).sum(1)
             greater[queries] += n_above
             tied[queries] += (tile >= below).sum(1) - n_above
-    if search.shards is not None:
-        greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
     return greater, tied
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, HfReceError
+from hf_rece.files import complete_files
 from hf_rece.models.item_tables import COMPRESSED
 from hf_rece.models.recommender import RecommenderModel
 
@@ -72,6 +73,7 @@ def export_encoder(model: RecommenderModel, path: str | Path) -> None:
     Raises:
         ArgumentError: for another ending, a backbone that cannot be exported or whose graph
             computes something else, an adapter on the output layer, or without the extra `onnx`.
+        WriteError: if the file cannot be written; one that was there before stays.
     """
     path = Path(path)
     targets: dict[str, Callable[..., None]] = {".pt2": _save_program, ".onnx": _save_onnx}
@@ -90,9 +92,13 @@ def export_encoder(model: RecommenderModel, path: str | Path) -> None:
     was_training = model.training
     encoder = UserEncoder(model).eval()
     try:
-        with torch.no_grad(), _quietly():
-            targets[path.suffix](encoder, model, path)
-    except ArgumentError:
+        with (
+            complete_files(path.parent, path.name) as folder,
+            torch.no_grad(),
+            _quietly(),
+        ):
+            targets[path.suffix](encoder, model, folder / path.name)
+    except HfReceError:
         raise
     except Exception as error:  # torch raises many kinds, none of them documented
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,13 +18,20 @@ from torch import Tensor
 from hf_rece.data.item_tokenizer import Item
 from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import complete_files, finish_files, make_folder
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.ops.topk import streamed_topk
+from hf_rece.serving.faiss_kinds import (
+    default_factory,
+    empty_index,
+    import_faiss,
+    is_served,
+    most_effort,
+)
 from hf_rece.serving.index_settings import IndexSettings, read_settings
 
 INDEX_FILE, SETTINGS_FILE = "item_index.faiss", "item_index.json"
 
-_FLAT_BELOW = 100_000  # items: a scan of fewer is about as fast
 _ROWS_AT_ONCE = 65_536
 _TRAINING_ROWS_A_LIST = 64
 _FAST_WIDTH = 16  # numbers that faiss decodes and subtracts at once
@@ -96,7 +102,7 @@ class ItemIndex:
         random = np.random.default_rng(seed)
         terms = _known_users(model, histories, random)
         n_rows = terms.rows.n_rows
-        factory = factory or _default_factory(n_rows - 1)
+        factory = factory or default_factory(n_rows - 1)
         index = _filled(factory, terms, random)
         settings = IndexSettings(factory, 0, oversampling, 1.0, k, n_rows, _norms(terms))
         found = cls(index, settings)._tuned(terms, target_recall)
@@ -128,7 +134,7 @@ class ItemIndex:
         n_items = terms.rows.n_rows - 1
         n_candidates = min(max(self.settings.oversampling, 1) * k + n_seen, n_items)
         queries = _queries(terms)
-        _faiss().omp_set_num_threads(torch.get_num_threads())
+        import_faiss().omp_set_num_threads(torch.get_num_threads())
         parameters = self._parameters(_selected(n_items, excluded_ids, allowed_ids))
         _, places = self.index.search(queries, n_candidates, params=parameters)
         ids = torch.from_numpy(places).to(terms.hidden.device) + 1  # (N, n_candidates), 0 for none
@@ -143,11 +149,15 @@ class ItemIndex:
         return pad(best, missing, value=-torch.inf), pad(found, missing, value=-1)
 
     def save(self, folder: str | Path) -> None:
-        """Write the index and its settings into a folder, best that of the model."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        _faiss().write_index(self.index, str(Path(folder) / INDEX_FILE))
+        """Write the index and its settings into a folder, best that of the model.
+
+        Raises:
+            WriteError: if the disk is full or the folder cannot be written.
+        """
         text = json.dumps(asdict(self.settings), indent=1) + "\n"
-        (Path(folder) / SETTINGS_FILE).write_text(text, "utf-8")
+        with complete_files(make_folder(folder), SETTINGS_FILE) as part:
+            import_faiss().write_index(self.index, str(part / INDEX_FILE))
+            (part / SETTINGS_FILE).write_text(text, "utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ItemIndex:
@@ -157,10 +167,15 @@ class ItemIndex:
             DataError: if there is none, or it cannot be read.
             ArgumentError: if faiss is not installed.
         """
-        faiss = _faiss()
+        faiss, folder = import_faiss(), Path(folder)
+        # An index may say that its lists are in another file, anywhere.
+        flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
+        finish_files(folder, SETTINGS_FILE)
         try:
-            settings = read_settings(Path(folder) / SETTINGS_FILE)
-            index = faiss.read_index(str(Path(folder) / INDEX_FILE))
+            settings = read_settings(folder / SETTINGS_FILE)
+            index = faiss.read_index(str(folder / INDEX_FILE), flags)
+            if index.ntotal != settings.n_rows - 1 or not is_served(index):
+                raise ValueError(f"{INDEX_FILE} and {SETTINGS_FILE} do not belong together")
             return cls(index, settings)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
@@ -184,7 +199,7 @@ class ItemIndex:
             return at(effort)._recall(terms, exact, tune, k) >= target_recall
 
         settings["recall"] = 1.0
-        effort, most = min(1, _most_effort(self.index)), _most_effort(self.index)
+        effort, most = min(1, most_effort(self.index)), most_effort(self.index)
         while effort < most and not suffices(effort):
             effort = min(2 * effort, most)
         too_little = effort // 2
@@ -197,12 +212,11 @@ class ItemIndex:
 
     def _recall(self, terms: OutputTerms, exact: Tensor, chosen: Tensor, k: int) -> float:
         chosen = chosen.to(exact.device)
-        part = OutputTerms(terms.hidden[chosen], terms.rows, terms.bias)
-        found = self.search(part, k)[1]
+        found = self.search(OutputTerms(terms.hidden[chosen], terms.rows, terms.bias), k)[1]
         return float(_contained(exact[chosen], found).float().mean())
 
     def _parameters(self, selector: Any) -> Any:
-        faiss, effort = _faiss(), self.settings.effort
+        faiss, effort = import_faiss(), self.settings.effort
         chosen = {} if selector is None else {"sel": selector}
         if isinstance(self.index, faiss.IndexIVF):
             return faiss.SearchParametersIVF(nprobe=effort, **chosen)
@@ -224,46 +238,12 @@ class ItemIndex:
             )
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ArgumentError(
-            "index", "faiss", "not installed", 'Install it: pip install "hf_rece[ann]"'
-        ) from None
-    return faiss
-
-
-def _default_factory(n_items: int) -> str:
-    if n_items < _FLAT_BELOW:
-        return "Flat"
-    return f"IVF{2 ** round(math.log2(4 * math.sqrt(n_items)))},SQ8"
-
-
-def _empty_index(factory: str, width: int) -> Any:
-    faiss = _faiss()
-    try:
-        index = faiss.index_factory(width, factory, faiss.METRIC_L2)
-    except RuntimeError as error:
-        raise ArgumentError(
-            "factory", factory, str(error).splitlines()[-1], "Pass IVF4096,SQ8 or HNSW32"
-        ) from None
-    if not isinstance(index, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat)):
-        raise ArgumentError(
-            "factory",
-            factory,
-            f"makes {type(index).__name__}, which is not served here",
-            "Pass IVF4096,SQ8 or HNSW32",
-        )
-    return index
-
-
 def _filled(factory: str, terms: OutputTerms, random: np.random.Generator) -> Any:
     """Return a new index, trained on a sample of the rows and filled with all."""
     n_rows = terms.rows.n_rows
     radius = max(float(_with_bias(terms, p).norm(dim=1).max()) for p in _slices(n_rows))
-    index = _empty_index(factory, _queries(terms).shape[1])
-    _faiss().omp_set_num_threads(torch.get_num_threads())
+    index = empty_index(factory, _queries(terms).shape[1])
+    import_faiss().omp_set_num_threads(torch.get_num_threads())
     if not index.is_trained:
         n_training = min(n_rows - 1, _TRAINING_ROWS_A_LIST * getattr(index, "nlist", 4096))
         sample = np.sort(random.choice(n_rows - 1, n_training, replace=False)) + 1
@@ -290,8 +270,7 @@ def _known_users(
         raise ArgumentError(
             "histories", len(histories), "none has a known item", "Pass histories of this catalogue"
         )
-    _, rows, bias = model.output_terms()
-    return OutputTerms(users, rows, bias)
+    return OutputTerms(users, *model.output_terms()[1:])
 
 
 def _vectors(terms: OutputTerms, ids: Tensor | slice, radius: float) -> NDArray[np.float32]:
@@ -315,10 +294,8 @@ def _queries(terms: OutputTerms) -> NDArray[np.float32]:
 
 def _with_bias(terms: OutputTerms, ids: Tensor | slice) -> Tensor:
     """Return rows (K, D), or (K, D + 1) with the bias in the last column."""
-    rows = terms.rows.rows(ids).detach().float()
-    if terms.bias is None:
-        return rows
-    return torch.cat([rows, terms.bias[ids].detach().float().unsqueeze(1)], dim=1)
+    rows, bias = terms.rows.rows(ids).detach().float(), terms.bias
+    return rows if bias is None else torch.cat([rows, bias[ids].detach().float()[:, None]], dim=1)
 
 
 def _points(columns: Tensor, last: Tensor) -> NDArray[np.float32]:
@@ -358,7 +335,7 @@ def _selected(n_items: int, excluded_ids: Tensor | None, allowed_ids: Tensor | N
     if allowed_ids is not None:
         chosen[allowed_ids.cpu().numpy()] = True
     chosen[excluded] = False
-    return _faiss().IDSelectorBitmap(np.packbits(chosen[1:], bitorder="little"))
+    return import_faiss().IDSelectorBitmap(np.packbits(chosen[1:], bitorder="little"))
 
 
 def _norms(terms: OutputTerms) -> list[float]:
@@ -367,11 +344,3 @@ def _norms(terms: OutputTerms) -> list[float]:
     ids = torch.linspace(1, n_rows - 1, min(_PROBED_ROWS, n_rows - 1)).long()
     norms = terms.rows.rows(ids.to(terms.hidden.device)).float().norm(dim=1)
     return [round(float(norm), 6) for norm in norms]
-
-
-def _most_effort(index: Any) -> int:
-    """Return the effort at which the index finds all that it can; 0 where there is no choice."""
-    faiss = _faiss()
-    if isinstance(index, faiss.IndexIVF):
-        return int(index.nlist)
-    return 4096 if isinstance(index, faiss.IndexHNSW) else 0

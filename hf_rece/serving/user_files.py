@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkstemp
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +17,7 @@ from hf_rece.data.interactions import ITEM, USER
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.data.splits import HISTORY
 from hf_rece.errors import DataError
+from hf_rece.files import complete_files
 from hf_rece.models.recommendation import Recommendation
 from hf_rece.models.recommender import RecommenderModel
 
@@ -72,8 +71,9 @@ def recommend_parquet(
         **limits: filter_seen, allowed_items, denied_items and index, as RecommenderModel.recommend.
 
     Raises:
-        DataError: if `users` is no Parquet file or has no such columns, histories are no lists of
-            the type of the model's items, or `output` cannot be written.
+        DataError: if `users` is no Parquet file or has no such columns, or histories are no lists
+            of the type of the model's items.
+        WriteError: if `output` cannot be written.
         ArgumentError: as RecommenderModel.recommend.
     """
     tokenizer = model.own_tokenizer()
@@ -82,8 +82,10 @@ def recommend_parquet(
     schema = _schema(file.schema_arrow.field(user_column), tokenizer)
     counts = {"n_users": 0, "n_answered": 0, "n_recommendations": 0, "n_unknown": 0}
     columns = [user_column, history_column]
+    output = Path(output)
     with (
-        _written_at_once(output, schema) as writer,
+        complete_files(output.parent, output.name) as folder,
+        pq.ParquetWriter(folder / output.name, schema) as writer,
         _bar(file.metadata.num_rows, progress) as advance,
     ):
         for piece in file.iter_batches(batch_size=batch_size, columns=columns):
@@ -170,27 +172,6 @@ def _table(
         for column, field in zip(columns, schema, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-@contextmanager
-def _written_at_once(output: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Write into a file beside `output`, which takes its place at the end."""
-    output = Path(output)
-    try:
-        handle, name = mkstemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent)
-    except OSError as error:
-        raise DataError(str(output), f"cannot be written: {error.strerror}", "Check it") from None
-    os.close(handle)
-    part = Path(name)
-    try:
-        with pq.ParquetWriter(part, schema) as writer:
-            yield writer
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp's own is for its maker alone
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,16 +12,20 @@ from transformers import TrainingArguments
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.losses.budget import MEMORY_BUDGET, check_budget
+from hf_rece.losses.checks import check_choice
+
+NONFINITE_LOSS = ("stop", "skip")
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own shows no token
 class LargeVocabTrainingArguments(TrainingArguments):
     """TrainingArguments with the training loss.
 
     With metric_for_best_model="eval_perplexity", lower is better, unless greater_is_better is set.
 
     Raises:
-        ArgumentError: for an unknown loss or knob, knobs without a loss, or two memory budgets.
+        ArgumentError: for an unknown loss or knob, knobs without a loss, two memory budgets, or
+            nonfinite_loss="skip" with DeepSpeed.
     """
 
     loss_type: str | None = field(
@@ -35,6 +39,14 @@ class LargeVocabTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Knobs of the loss as JSON, such as '{\"n_rounds\": 4}'."}
     )
     memory_budget: int | str | None = field(default=None, metadata=MEMORY_BUDGET)
+    nonfinite_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "At a step whose loss or gradients are NaN or infinite: stop, with the cause, "
+            "or skip the step and count it as skipped_steps in the log.",
+            "choices": NONFINITE_LOSS,
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_kwargs, str):  # from the command line
@@ -43,11 +55,23 @@ class LargeVocabTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and _is_perplexity(self.metric_for_best_model):
             self.greater_is_better = False
         super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # Accelerate would take the last seed that anybody set
         # Pinned memory without an accelerator only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.loss_type is None and self.loss_kwargs:
             raise ArgumentError(
                 "loss_kwargs", self.loss_kwargs, "knobs of no loss", "Pass loss_type too"
+            )
+        check_choice("nonfinite_loss", self.nonfinite_loss, NONFINITE_LOSS)
+        if self.nonfinite_loss == "stop":
+            self.logging_nan_inf_filter = False  # it waits for the device at every micro-batch
+        elif self.deepspeed:
+            raise ArgumentError(
+                "nonfinite_loss",
+                self.nonfinite_loss,
+                "DeepSpeed makes the steps by itself",
+                "Pass stop",
             )
         check_budget(self.memory_budget)
         if self.memory_budget is not None and "memory_budget" in (self.loss_kwargs or {}):
@@ -94,7 +118,7 @@ def json_object(argument: str, text: str) -> dict[str, Any]:
     return value
 
 
-@dataclass
+@dataclass(repr=False)
 class RecommenderTrainingArguments(LargeVocabTrainingArguments):
     """LargeVocabTrainingArguments with what next-item training and ranking need."""
 

@@ -43,7 +43,7 @@ class FinetuneDataArguments(ScriptArguments):
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class FinetuneDefaults(LargeVocabSFTConfig):
     """LargeVocabSFTConfig with a folder to write to."""
 
@@ -57,7 +57,8 @@ def finetune(
 ) -> LanguageModelRun:
     """Fine-tune, evaluate before and after, save the adapter or model, and a card, in output_dir.
 
-    A folder with a configuration and no weights is trained from random weights.
+    A folder with a configuration and no weights is trained from random weights. Weights are read
+    from safetensors only.
 
     Raises:
         ArgumentError: for arguments that do not fit together.
@@ -68,7 +69,9 @@ def finetune(
     set_seed(training.seed)
     training.include_num_input_tokens_seen = "non_padding"  # for tokens/s
     train, evaluation = _datasets(data, training.seed)
-    tokenizer = load_tokenizer(data.tokenizer or model.model_name_or_path)
+    tokenizer = load_tokenizer(
+        data.tokenizer or model.model_name_or_path, trust_remote_code=training.trust_remote_code
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     trainer = LargeVocabSFTTrainer(
@@ -89,12 +92,20 @@ def _language_model(model: ModelConfig, training: LargeVocabSFTConfig) -> Any:
         "trust_remote_code": training.trust_remote_code,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype or "auto",
+        "use_safetensors": True,
         **cast("dict[str, Any]", training.model_init_kwargs or {}),
     }
     training.model_init_kwargs = None  # used up here
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        config = AutoConfig.from_pretrained(source)
+        if any(folder.glob("*model*.bin")):
+            raise ArgumentError(
+                "model_name_or_path",
+                source,
+                "its weights are pickled",
+                "Save it with save_pretrained, which writes safetensors",
+            )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=training.trust_remote_code)
         return AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     quantization = get_quantization_config(model)
     if quantization is not None:

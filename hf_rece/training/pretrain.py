@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_rece.data.text import load_text, token_blocks
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import write_text
 from hf_rece.training.args import LargeVocabTrainingArguments, json_object
 from hf_rece.training.publishing import LanguageModelFacts, readme_of_somebody
 from hf_rece.training.reporting import peak_mib
@@ -81,8 +82,12 @@ class LanguageModelRun:
     peak_mib: float
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder, a Hub id, or a tokenizer.json file.
+
+    Args:
+        source: where it is.
+        trust_remote_code: run code that comes with it.
 
     Raises:
         ArgumentError: if `source` is empty.
@@ -91,7 +96,7 @@ def load_tokenizer(source: str) -> Any:
     if not source:
         raise ArgumentError("tokenizer", source, "none is named", "Pass a folder, Hub id or file")
     if not source.endswith(".json"):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not Path(source).is_file():
         raise DataError(source, "no such file", "Check the path")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=source)
@@ -172,9 +177,8 @@ def run_training(
     trainer.language_model_facts = LanguageModelFacts(figures, base_model, readme)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        (Path(trainer.args.output_dir) / "metrics.json").write_text(
-            json.dumps(figures, indent=1) + "\n"
-        )
+        path = Path(trainer.args.output_dir) / "metrics.json"
+        write_text(path, json.dumps(figures, indent=1) + "\n")
         if "perplexity_after" in figures:
             trainer.create_model_card()
     return run

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_rece.card import README, Card, is_generated, write_card
+from hf_rece.files import write_text
 from hf_rece.head import find_head
 from hf_rece.models.publishing import clear_upload_errors, fetch_card
 from hf_rece.training.card import language_model_card
@@ -89,7 +90,7 @@ class Publishing(Trainer):
         if facts.readme is None:
             path.unlink()
         else:
-            path.write_text(facts.readme, "utf-8")
+            write_text(path, facts.readme)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository on the Hub.

@@ -23,6 +23,7 @@ from hf_rece.data.stream import SequenceStream
 from hf_rece.data.synthetic import generate_interactions
 from hf_rece.embeddings.item_table import item_table_settings
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import write_text
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
@@ -232,6 +233,7 @@ def train_recommender(
     model.tokenizer = tokenizer
     if training.load_best_model_at_end and training.metric_for_best_model is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=5))
+        training.restore_callback_states_from_checkpoint = True  # its count of epochs
     trainer = RecommenderTrainer(
         model,
         training,
@@ -255,7 +257,7 @@ def train_recommender(
     if trainer.is_world_process_zero():
         record = {"test": metrics, "most_popular": baseline}
         path = Path(str(training.output_dir)) / "metrics.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(path, json.dumps(record, indent=1) + "\n")
     trainer.save_model()  # which may push
     return TrainedRun(model, metrics, baseline, splits)
 

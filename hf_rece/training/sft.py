@@ -21,7 +21,10 @@ from hf_rece.errors import ArgumentError
 from hf_rece.head.outputs import TOKEN_FIELDS
 from hf_rece.head.replace import CALLS_ITS_CLASS, base_model
 from hf_rece.training.args import LargeVocabTrainingArguments
+from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.finite_steps import FiniteSteps
+from hf_rece.training.sample_order import SampleOrder
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.trainer import set_loss
 
@@ -30,7 +33,7 @@ _OF_TRL = {"nll": "cross_entropy", "dft": "cross_entropy"}
 _LENGTHS = "row_lengths"
 
 
-@dataclass
+@dataclass(repr=False)
 class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
     """SFTConfig with the training loss and its knobs, as in LargeVocabTrainingArguments.
 
@@ -46,6 +49,8 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
         },
     )
 
+    __repr__ = LargeVocabTrainingArguments.__repr__  # SFTConfig's shows the Hub's token
+
     @property
     def loss_of_head(self) -> str:
         """Name in LOSSES of what the head computes."""
@@ -53,7 +58,7 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
 
 
 class LargeVocabSFTTrainer(  # type: ignore[misc]
-    SparseGradients, ExactEvaluation, SFTTrainer
+    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation, SFTTrainer
 ):
     """SFTTrainer whose loss never builds logits.
 

@@ -23,14 +23,19 @@ from hf_rece.head import find_head, replace_output_head
 from hf_rece.head.replace import change_head_loss
 from hf_rece.metrics.ranking import ranking_metrics
 from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTrainingArguments
+from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
+from hf_rece.training.finite_steps import FiniteSteps
 from hf_rece.training.record import RecordedRun
+from hf_rece.training.sample_order import SampleOrder
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.streaming import StreamedTraining
 from hf_rece.training.vocab_parallel import VocabParallel, cut_as_asked
 
 
-class LargeVocabTrainer(SparseGradients, ExactEvaluation):
+class LargeVocabTrainer(
+    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation
+):
     """Trainer that sets the training loss by name, for recommenders and language models.
 
     A RecommenderModel keeps the loss in its configuration. Of any other model the output layer is

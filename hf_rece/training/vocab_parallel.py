@@ -49,9 +49,9 @@ class VocabParallel(Trainer):
         return self._clip(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if self.vocab_shards is None or grad_norm is not None:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._clip(torch.inf)
+        if self.vocab_shards is not None and grad_norm is None:
+            grad_norm = self._clip(torch.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _clip(self, max_norm: float) -> Tensor:
         cut = list(sharded_parameters(self._bare_model).values())
@@ -63,6 +63,8 @@ class VocabParallel(Trainer):
         if self.vocab_shards is not None and not self.args.should_save:
             self._bare_model.save_pretrained(output_dir or "")  # sends its rows, writes nothing
         super()._save(output_dir, state_dict)
+        if self.vocab_shards is not None:
+            self.accelerator.wait_for_everyone()  # all may read the files now
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.vocab_shards is None:

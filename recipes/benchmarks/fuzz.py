@@ -62,7 +62,6 @@ def main() -> None:
         run_file(args.file)
         return
     files = sorted((ROOT / "tests" / "fuzz").glob("test_*.py"))
-    found = json.loads(RESULT.read_text())["files"] if RESULT.exists() else {}
     settings = {"FUZZ_CASES": str(args.cases), "FUZZ_MINUTES": str(args.minutes)}
     for file in files:
         name = file.stem.removeprefix("test_")
@@ -77,7 +76,9 @@ def main() -> None:
             check=True,
         )
         print(done.stdout)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        counts = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(RESULT.read_text())["files"] if RESULT.exists() else {}
+        found[name] = counts
         record = {**environment(), "cases_asked": args.cases, "minutes_at_most": args.minutes}
         RESULT.write_text(json.dumps({**record, "files": found}, indent=1) + "\n")
 

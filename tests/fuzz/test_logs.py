@@ -132,7 +132,8 @@ def mutations(draw, size):
 
 @st.composite
 def broken(draw):
-    log, kind = draw(logs.rows()), draw(st.sampled_from(["csv", "tsv", "parquet", "inter"]))
+    log = draw(logs.rows())
+    kind = draw(st.sampled_from(["csv", "tsv", "parquet", "inter", "jsonl"]))
     if kind == "parquet":
         whole = logs.to_parquet(log)
     else:

@@ -6,8 +6,8 @@ import torch
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError, DataError
-from hf_rece.serving import item_index
-from hf_rece.serving.item_index import ItemIndex
+from hf_rece.serving.faiss_kinds import default_factory
+from hf_rece.serving.item_index import INDEX_FILE, ItemIndex
 
 pytest.importorskip("faiss")
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(DataError, match=r"No such file.*hf-rece index"):
         ItemIndex.load(tmp_path)
     ItemIndex.build(make()).save(tmp_path)
-    (tmp_path / item_index.INDEX_FILE).write_bytes(b"nothing")
+    (tmp_path / INDEX_FILE).write_bytes(b"nothing")
     with pytest.raises(DataError, match="index in"):
         ItemIndex.load(tmp_path)
 
@@ -147,5 +147,5 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
 
 
 def test_large_catalogues_get_an_inverted_file():
-    assert item_index._default_factory(1_000_000) == "IVF4096,SQ8"
-    assert item_index._default_factory(1000) == "Flat"
+    assert default_factory(1_000_000) == "IVF4096,SQ8"
+    assert default_factory(1000) == "Flat"

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_rece import ItemTokenizer
-from hf_rece.errors import ArgumentError, DataError
+from hf_rece.errors import ArgumentError, DataError, WriteError
 from hf_rece.serving.user_files import ScoredUsers, recommend_parquet
 from tests.models.test_growth import ITEMS, make
 
@@ -127,5 +127,5 @@ def test_files_that_are_not_there_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no\.parquet: not a Parquet file"):
         recommend_parquet(make(), tmp_path / "no.parquet", tmp_path / "r.parquet")
     users = write(tmp_path / "u.parquet", HISTORIES)
-    with pytest.raises(DataError, match="cannot be written: No such file"):
+    with pytest.raises(WriteError, match=r"cannot be written \(No such file"):
         recommend_parquet(make(), users, tmp_path / "no folder" / "r.parquet")

@@ -1,0 +1,166 @@
+"""Files that appear when they are complete, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hf_rece.errors import WriteError
+
+# What starts by "_" is left out of what Trainer uploads.
+UNFINISHED, FINISHED = "_unfinished", "_finished"
+_NAMES = "_names.json"
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# safetensors and faiss write through libraries that know no errno; torch tells no reason at all.
+_SIGNS = (*(f"os error {number}" for number in _NO_ROOM), "inline_container", "write error")
+
+
+@contextmanager
+def complete_files(
+    folder: str | Path, last: str, *, replaced: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield an empty folder; the files written there move into `folder` at the end, together.
+
+    Until the end nothing in `folder` changes, and nothing does if the body raises or the process is
+    killed. A process that is killed while files move, by a power cut too, has written all of them:
+    finish_files moves the rest. Until then there is no file called `last`, by which they are found.
+
+    Args:
+        folder: an existing one.
+        last: name of the file that makes the others count.
+        replaced: patterns (fnmatch) of files that go if no new file has their name.
+
+    Raises:
+        WriteError: if the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    part = folder / f"{UNFINISHED}-{last}"
+    with clear_write_errors(folder / last):
+        try:
+            finish_files(folder, last, replaced=replaced)
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            make_folder(part, parents=False)
+            yield part
+            names = [str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()]
+            (part / _NAMES).write_text(json.dumps(names), "utf-8")
+            sync_files(part)
+            part.rename(folder / f"{FINISHED}-{last}")
+            finish_files(folder, last, replaced=replaced)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def finish_files(folder: str | Path, last: str, *, replaced: Sequence[str] = ()) -> None:
+    """Move the files that a killed process had written and begun to move; mostly there are none.
+
+    Args:
+        folder: as complete_files takes it, and so on.
+        last: see there.
+        replaced: see there.
+    """
+    folder = Path(folder)
+    done = folder / f"{FINISHED}-{last}"
+    if (done / _NAMES).exists():
+        names = json.loads((done / _NAMES).read_text("utf-8"))
+        if len(names) > 1 and (done / last).exists():
+            (folder / last).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name not in names and any(fnmatch(path.name, each) for each in replaced):
+                path.unlink()
+        for name in sorted(names, key=lambda name: name == last):
+            if (done / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (done / name).replace(folder / name)
+        sync(folder)
+    if done.exists():
+        shutil.rmtree(done)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8 that appears, or replaces what is there, when it is complete.
+
+    Raises:
+        WriteError: if the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{UNFINISHED}-{path.name}")
+    with clear_write_errors(path):
+        try:
+            part.write_text(text, "utf-8")
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until all that is in a folder is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def clear_write_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full disk, in the words of whichever library met it, into one message.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        WriteError: in place of errors of the file system; other errors pass.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in _NO_ROOM and not any(
+            sign in str(error) for sign in _SIGNS
+        ):
+            raise
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: str | Path, error: Exception) -> WriteError:
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).strip().splitlines()[0][-100:]
+    there = next(each for each in Path(path).absolute().parents if each.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    return WriteError(
+        path,
+        f"not written ({reason}; {free:,.1f} MiB free)",
+        "Make room or pass another folder; what was there before is as it was",
+    )
+
+
+def make_folder(path: str | Path, *, parents: bool = True) -> Path:
+    """Make a folder, unless it is there, and return it.
+
+    Raises:
+        WriteError: if it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=parents, exist_ok=True)
+    except OSError as error:
+        raise WriteError(path, f"cannot be written ({error.strerror})", "Check the path") from None
+    return path
