@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import feather, ipc
+from pyarrow import ipc
 
 from hf_rece.data.durable import whole_file
 from hf_rece.data.interactions import ITEM, TIME, USER, by_user_and_time
@@ -21,6 +21,7 @@ from hf_rece.data.survey import LogFile, Survey, read_batches
 
 _UNIT_ROWS = 1 << 22  # files are read in units of so many interactions: what a stop may cost
 _CHUNK_ROWS = 1 << 21  # interactions that are dealt at once
+_COMPRESSED = ipc.IpcWriteOptions(compression="lz4")
 TIMES, CODES = "timestamps", "item_codes"
 Advance = Callable[[int], object]
 
@@ -75,9 +76,7 @@ class Buckets:
         for bucket in range(self.n_buckets):
             path = self._histories(bucket)
             if not path.exists():
-                table = self._grouped(bucket)
-                with whole_file(path) as file:
-                    feather.write_feather(table, file, compression="lz4")
+                _write(path, self._grouped(bucket))
             advance(1)
 
     def clear_parts(self) -> None:
@@ -96,13 +95,13 @@ class Buckets:
         """The items of the log in ascending order: the code of an item is its place in them."""
         path = self.folder / "items.arrow"
         if not path.exists():
-            parts = [_read(_items_of(part)) for part in self._parts]
-            _write(path, pl.concat(parts).unique().sort(ITEM))
-        return _read(path)[ITEM]
+            parts = [pl.DataFrame(_read(_items_of(part), [ITEM])) for part in self._parts]
+            _write(path, _arrow(pl.concat(parts).unique().sort(ITEM)))
+        return pl.DataFrame(_read(path, [ITEM]))[ITEM]
 
     def read(self, bucket: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of the histories of a bucket."""
-        return feather.read_table(self._histories(bucket), columns=columns, memory_map=False)
+        return _read(self._histories(bucket), columns)
 
     @property
     def _units(self) -> list[list[LogFile]]:
@@ -123,8 +122,7 @@ class Buckets:
     def _deal_unit(self, unit: Sequence[LogFile], part: Path, advance: Advance) -> None:
         items = pl.DataFrame(schema={ITEM: self.survey.schema[ITEM]})
         schema = _arrow(pl.DataFrame(schema=self.survey.schema)).schema
-        options = ipc.IpcWriteOptions(compression="lz4")
-        with whole_file(part) as file, ipc.new_file(file, schema, options=options) as writer:
+        with whole_file(part) as file, ipc.new_file(file, schema, options=_COMPRESSED) as writer:
             for chunk in self._chunks(unit):
                 buckets = shard_of_users(chunk[USER], self.n_buckets)
                 order = np.argsort(buckets, kind="stable")
@@ -134,7 +132,7 @@ class Buckets:
                     writer.write_batch(batch.slice(first, end - first))
                 items = pl.concat([items, chunk.select(ITEM).unique()]).unique()
                 advance(len(chunk))
-            _write(_items_of(part), items)
+            _write(_items_of(part), _arrow(items))
 
     def _chunks(self, unit: Sequence[LogFile]) -> Iterator[pl.DataFrame]:
         waiting: list[pl.DataFrame] = []
@@ -192,13 +190,16 @@ def _items_of(part: Path) -> Path:
     return part.with_suffix(".items.arrow")
 
 
-def _write(path: Path, frame: pl.DataFrame) -> None:
-    with whole_file(path) as file:
-        feather.write_feather(_arrow(frame), file)
+def _write(path: Path, table: pa.Table) -> None:
+    with whole_file(path) as file, ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
+        writer.write_table(table)
 
 
-def _read(path: Path) -> pl.DataFrame:
-    return pl.DataFrame(feather.read_table(path, memory_map=False))
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Return columns of a file; what is not mapped is not resident when it has been used."""
+    with pa.OSFile(str(path)) as file:
+        places = [ipc.open_file(file).schema.get_field_index(name) for name in columns]
+        return ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=places)).read_all()
 
 
 def _arrow(frame: pl.DataFrame) -> pa.Table:
