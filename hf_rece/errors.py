@@ -33,10 +33,6 @@ class DataError(HfReceError, ValueError):
         super().__init__(f"{source}: {problem}. {fix}.")
 
 
-class DiskFullError(DataError):
-    """There is no space left for what is written; what was complete before is kept."""
-
-
 class HubError(HfReceError, OSError):
     """The Hub did not take what was sent.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -85,8 +86,11 @@ def finish_files(folder: str | Path, last: str, *, replaced: Sequence[str] = ())
         shutil.rmtree(done)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file in UTF-8 that appears, or replaces what is there, when it is complete.
+@contextmanager
+def complete_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears, or replaces what is there, when it is complete.
+
+    What a killed process leaves beside it, the next writer of the same file overwrites.
 
     Raises:
         WriteError: if the disk is full or the folder cannot be written.
@@ -95,12 +99,23 @@ def write_text(path: str | Path, text: str) -> None:
     part = path.with_name(f"{UNFINISHED}-{path.name}")
     with clear_write_errors(path):
         try:
-            part.write_text(text, "utf-8")
+            with part.open("wb") as file:
+                yield file
             sync(part)
             part.replace(path)
             sync(path.parent)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8 that appears, or replaces what is there, when it is complete.
+
+    Raises:
+        WriteError: as complete_file.
+    """
+    with complete_file(path) as file:
+        file.write(text.encode())
 
 
 def sync_files(folder: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hf_rece.data.durable import whole_file
 from hf_rece.data.partition import CODES, TIMES, Advance, Buckets
 from hf_rece.errors import DataError
+from hf_rece.files import complete_file, write_text
 
 Stage = Callable[[str, int], AbstractContextManager[Advance]]
 _SIGN = np.uint64(1 << 63)
@@ -80,16 +80,16 @@ def find_kept(buckets: Buckets, minima: Minima, quantile: float | None, stage: S
         stage: shows the progress of a pass.
 
     Raises:
-        DataError: if nothing is kept, or the disk is full.
+        DataError: if nothing is kept.
+        WriteError: as complete_file.
     """
     path = buckets.folder / "kept.npy"
     facts = path.with_suffix(".json")
     if not facts.exists():
         kept = _find(buckets, minima, quantile, stage)
-        with whole_file(path) as file:
+        with complete_file(path) as file:
             np.save(file, kept.counts)
-        with whole_file(facts) as file:
-            file.write(json.dumps({"users": kept.users, "point": kept.point}).encode())
+        write_text(facts, json.dumps({"users": kept.users, "point": kept.point}))
     return Kept(np.load(path, allow_pickle=False), **json.loads(facts.read_text("utf-8")))
 
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from hf_rece.data.durable import whole_file
 from hf_rece.data.interactions import ITEM, TIME, USER, by_user_and_time
 from hf_rece.data.survey import LogFile, Survey, read_batches
+from hf_rece.files import complete_file
 
 _UNIT_ROWS = 1 << 22  # files are read in units of so many interactions: what a stop may cost
 _CHUNK_ROWS = 1 << 21  # interactions that are dealt at once
@@ -54,7 +54,8 @@ class Buckets:
             advance: told how many interactions have been dealt.
 
         Raises:
-            DataError: as read_batches, or if the disk is full.
+            DataError: as read_batches.
+            WriteError: as complete_file.
         """
         for unit, part in zip(self._units, self._parts, strict=True):
             if part.exists():
@@ -71,7 +72,7 @@ class Buckets:
             advance: told 1 for each bucket.
 
         Raises:
-            DiskFullError: if the disk is full.
+            WriteError: as complete_file.
         """
         for bucket in range(self.n_buckets):
             path = self._histories(bucket)
@@ -122,7 +123,7 @@ class Buckets:
     def _deal_unit(self, unit: Sequence[LogFile], part: Path, advance: Advance) -> None:
         items = pl.DataFrame(schema={ITEM: self.survey.schema[ITEM]})
         schema = _arrow(pl.DataFrame(schema=self.survey.schema)).schema
-        with whole_file(part) as file, ipc.new_file(file, schema, options=_COMPRESSED) as writer:
+        with complete_file(part) as file, ipc.new_file(file, schema, options=_COMPRESSED) as writer:
             for chunk in self._chunks(unit):
                 buckets = shard_of_users(chunk[USER], self.n_buckets)
                 order = np.argsort(buckets, kind="stable")
@@ -191,7 +192,10 @@ def _items_of(part: Path) -> Path:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    with whole_file(path) as file, ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
+    with (
+        complete_file(path) as file,
+        ipc.new_file(file, table.schema, options=_COMPRESSED) as writer,
+    ):
         writer.write_table(table)
 
 

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hf_rece.data.durable import clear_disk_errors, sync_folder, whole_file
 from hf_rece.data.interactions import ITEM, TIME, USER
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.data.kept import Minima, Stage, find_kept
@@ -31,7 +30,8 @@ from hf_rece.data.prepared import (
 from hf_rece.data.shards import write_shards
 from hf_rece.data.splits import check_quantile, split_protocol
 from hf_rece.data.survey import Survey, log_files, survey_log
-from hf_rece.errors import ArgumentError, DataError, DiskFullError, HfReceError
+from hf_rece.errors import ArgumentError, DataError, HfReceError, WriteError
+from hf_rece.files import clear_write_errors, complete_file, sync, write_text
 from hf_rece.version import __version__
 
 COLUMNS = {USER: "user_column", ITEM: "item_column", TIME: "time_column"}
@@ -83,8 +83,9 @@ def prepare_log(
     Raises:
         ArgumentError: for a minimum, quantile or n_shards out of range.
         DataError: naming the file that cannot be read, or has a missing column, a null or a time
-            that is none; if nothing remains for a split, output_dir holds something else, another
-            process is at it, or the disk is full.
+            that is none; if nothing remains for a split, output_dir holds something else, or
+            another process is at it.
+        WriteError: if the disk is full; what is done stays, and the same call goes on from there.
     """
     _check(split, min_user_interactions, min_item_interactions, quantile, n_shards)
     files, output = log_files(source), Path(output_dir)
@@ -101,13 +102,13 @@ def prepare_log(
         "n_shards": n_shards,
     }
     _check_output(output, asked_for, overwrite)
-    with _alone(output), clear_disk_errors(output):
+    with _alone(output), clear_write_errors(output):
         if overwrite or not (output / MANIFEST).exists() or _asked_for(output) != asked_for:
             _begin(output, asked_for)
             try:
                 with _shown(progress) as stage:
                     _prepare(output, files, asked_for, stage)
-            except DiskFullError:
+            except WriteError:
                 raise  # what is done stays
             except HfReceError:
                 _clear(output)
@@ -124,13 +125,13 @@ def save_tokenizer(folder: Path, items: list[Item]) -> ItemTokenizer:
         items: in order of token id.
 
     Raises:
-        DiskFullError: if the disk is full.
+        WriteError: as complete_file.
     """
     tokenizer = ItemTokenizer(items=items)
     with TemporaryDirectory(dir=folder) as beside:
         tokenizer.save_pretrained(beside)
         for path in Path(beside).iterdir():
-            with whole_file(folder / path.name) as file:
+            with complete_file(folder / path.name) as file:
                 file.write(path.read_bytes())
     return tokenizer
 
@@ -237,9 +238,8 @@ def _begin(output: Path, asked_for: dict[str, Any]) -> None:
     for left in (output / UNFINISHED).iterdir():
         if left.name != "lock":
             left.unlink()
-    sync_folder(output / UNFINISHED)
-    with whole_file(path) as file:
-        file.write(text.encode())
+    sync(output / UNFINISHED)
+    write_text(path, text)
 
 
 def _clear(output: Path) -> None:
@@ -253,7 +253,7 @@ def _clear(output: Path) -> None:
 def _remove_outputs(output: Path) -> None:
     for name in (MANIFEST, "items.json", "tokenizer_config.json"):  # what says it is good first
         (output / name).unlink(missing_ok=True)
-    sync_folder(output)
+    sync(output)
     if (output / DATA).exists():
         shutil.rmtree(output / DATA)
 
@@ -266,8 +266,7 @@ def _survey(output: Path, files: list[Path], asked_for: dict[str, Any], stage: S
     named = {role: asked_for[name] for role, name in COLUMNS.items()}
     with stage("looking at files", len(files)) as advance:
         survey = survey_log(files, named, asked_for["separator"], advance)
-    with whole_file(path) as file:
-        file.write(json.dumps(survey.to_dict()).encode())
+    write_text(path, json.dumps(survey.to_dict()))
     return survey
 
 

@@ -34,11 +34,11 @@ from datasets import Dataset, DatasetInfo
 from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 
-from hf_rece.data.durable import whole_file
 from hf_rece.data.interactions import USER
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import HISTORY, TARGET
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.files import write_text
 
 MANIFEST, UNFINISHED, DATA = "prepared.json", "unfinished", "data"
 SPLITS = ("train", "validation", "test")
@@ -287,8 +287,7 @@ def write_manifest(
         "splits": splits,
         "asked_for": dict(asked_for),
     }
-    with whole_file(folder / MANIFEST) as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return PreparedLog(folder, manifest)
 
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hf_rece.data.durable import whole_file
 from hf_rece.data.interactions import USER
 from hf_rece.data.kept import Kept, column, kept_places
 from hf_rece.data.partition import CODES, TIMES, Advance, Buckets
 from hf_rece.data.prepared import SPLITS, shard_path
 from hf_rece.data.splits import HISTORY, TARGET
+from hf_rece.files import complete_file
 
 _ROWS_A_GROUP = 1 << 13
 
@@ -82,7 +82,7 @@ def write_shards(
         advance: told 1 for each bucket.
 
     Raises:
-        DiskFullError: if the disk is full.
+        WriteError: as complete_file.
     """
     tokens = kept.tokens
     for bucket in range(buckets.n_buckets):
@@ -103,10 +103,10 @@ def write_splits(folder: Path, shard: int, n_shards: int, histories: Histories) 
         histories: of the shard's users, in ascending order.
 
     Raises:
-        DiskFullError: if the disk is full.
+        WriteError: as complete_file.
     """
     for name, table in histories.splits().items():
-        with whole_file(shard_path(folder, name, shard, n_shards)) as file:
+        with complete_file(shard_path(folder, name, shard, n_shards)) as file:
             pq.write_table(
                 table, file, row_group_size=_ROWS_A_GROUP, compression="zstd", use_dictionary=False
             )

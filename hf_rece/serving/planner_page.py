@@ -41,17 +41,13 @@ def planner() -> None:
             ]
         with gradio.Column(scale=2, min_width=320):
             plan = panel(show_plan(speeds, *first))
-    *_, has_budget_box, budget_slider = controls
-    has_budget_box.input(lambda on: gradio.update(visible=on), has_budget_box, budget_slider)
-    for control in controls:
-        control.input(
-            partial(show_plan, speeds),
-            controls,
-            plan,
-            show_progress="hidden",
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
+    on: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    *_, asked, slider = controls
+    asked.input(lambda checked: gradio.update(visible=checked), asked, slider, **on)
+    plan_shape = partial(show_plan, speeds)
+    # Of what is typed and moved only the last counts.
+    moved = [control.input for control in controls]
+    gradio.on(moved, plan_shape, controls, plan, trigger_mode="always_last", **on)
 
 
 def matmul_flops_per_second(device: str) -> float:

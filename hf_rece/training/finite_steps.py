@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_rece.errors import NonfiniteError
-from hf_rece.losses.watching import watch_states
+from hf_rece.losses.watching import all_finite, watch_states
 from hf_rece.training.args import LargeVocabTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ class FiniteSteps(Trainer):
         """Make forward and backward of a micro-batch, and note whether all was finite."""
         with watch_states() as watch:
             loss: Tensor = super().training_step(*args, **kwargs)
-        finite = loss.detach().isfinite().all()
+        finite = all_finite(loss.detach())
         states = finite if watch.finite is None else watch.finite.to(finite.device)
         both = torch.stack([finite, states])
         self._finite = both if self._finite is None else self._finite & both
@@ -81,7 +81,7 @@ class FiniteSteps(Trainer):
     def _refuse(self, model: nn.Module) -> None:
         """Skip the step, or raise NonfiniteError."""
         step = self.state.global_step + 1
-        weights = [n for n, w in model.named_parameters() if not bool(w.detach().isfinite().all())]
+        weights = [n for n, w in model.named_parameters() if not bool(all_finite(w.detach()))]
         broken = self.accelerator.reduce(
             torch.tensor([float(bool(weights))], device=self.args.device), "sum"
         )
@@ -122,14 +122,12 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     Args:
         parameters: of a model; their gradients may be sparse.
     """
-    largest = []
+    found = []
     for parameter in parameters:
         if parameter.grad is not None:
             own = getattr(parameter.grad, "_local_tensor", parameter.grad)  # of a DTensor
-            values = own._values() if own.is_sparse else own
-            largest.append(torch.linalg.vector_norm(values, torch.inf))
-    numbers = [each.float().to(largest[0].device) for each in largest] or [torch.zeros(())]
-    return torch.stack(numbers).isfinite()
+            found.append(all_finite(own._values() if own.is_sparse else own))
+    return torch.stack([each.to(found[0].device) for each in found]) if found else torch.ones(0)
 
 
 def _whole(norm: Any) -> Any:

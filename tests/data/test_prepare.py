@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from filelock import FileLock
 
-from hf_rece.data import durable
+from hf_rece import files as files_of_rece
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.prepare import prepare_log
@@ -22,7 +22,7 @@ from hf_rece.data.prepared import open_prepared
 from hf_rece.data.splits import leave_one_out_split, temporal_split
 from hf_rece.data.survey import read_batches
 from hf_rece.data.synthetic import generate_interactions
-from hf_rece.errors import ArgumentError, DataError, DiskFullError
+from hf_rece.errors import ArgumentError, DataError, WriteError
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
 
@@ -273,7 +273,7 @@ def kill_and_go_on(source, folder, n_kills, seed):
             open_prepared(folder).check()
             shutil.rmtree(folder)
         else:
-            left |= {name for name in pieces if not name.endswith(".part")}
+            left |= {name for name in pieces if not name.startswith("_unfinished")}
     prepare_log(source, folder, **ASKED_FOR)
 
 
@@ -399,10 +399,10 @@ def test_a_full_disk_is_named_and_work_goes_on_when_there_is_space(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "fsync", full)
-        with pytest.raises(DiskFullError, match=r"the disk is full .* goes on where it stopped"):
+        patch.setattr(files_of_rece.os, "fsync", full)
+        with pytest.raises(WriteError, match="No space left on device"):
             prepare_log(files, tmp_path / "out", n_shards=2)
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob("_unfinished*"))
     assert hashes(prepare_log(files, tmp_path / "out", n_shards=2).path) == wanted
 
 
