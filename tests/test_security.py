@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError, DataError, HfReceError
@@ -146,6 +146,32 @@ def test_a_backbone_that_only_the_repository_knows_is_refused(saved):
     with pytest.raises(ArgumentError, match="backbone='evil': no decoder"):
         RecommenderModel.from_pretrained(folder)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["model", "backbone", "of the backbone, by the model"])
+@pytest.mark.parametrize("name", ["attn_implementation", "experts_implementation"])
+def test_a_kernel_from_elsewhere_is_refused(name, place, saved):
+    if place == "model":
+        folder = saved({name: "org/kernel"})
+    elif place == "backbone":
+        folder = saved((), {name: "org/kernel"})
+    else:
+        folder = saved({f"_{name}": {"backbone": "org/kernel:function"}})
+    with pytest.raises(ArgumentError, match=rf"{name}='org/kernel.*might be code from elsewhere"):
+        RecommenderModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("config", [RecommenderConfig, SASRecConfig])
+def test_no_configuration_of_ours_names_a_kernel(config):
+    with pytest.raises(ArgumentError, match="attn_implementation='org/kernel'"):
+        config(attn_implementation="org/kernel")
+    assert config(attn_implementation="eager")._attn_implementation == "eager"
+
+
+def test_a_configuration_from_elsewhere_names_no_kernel():
+    llama = LlamaConfig(attn_implementation="org/kernel")
+    with pytest.raises(ArgumentError, match="attn_implementation='org/kernel'"):
+        RecommenderConfig(backbone=llama)
 
 
 # ---------------------------------------------------------------------------------- files elsewhere
