@@ -21,6 +21,7 @@ from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
 from hf_rece.models.recommendation import RecommenderOutput
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.recommending import Recommending
+from hf_rece.models.settings import clear_settings_errors
 from hf_rece.models.vocab_parallel import (
     SHARDED,
     initialise_sharded,
@@ -60,7 +61,8 @@ class RecommenderModel(Recommending):
     _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
 
     def __init__(self, config: RecommenderConfig, *, vocab_parallel: bool = False) -> None:
-        super().__init__(config)
+        with clear_settings_errors("config", config.model_type):
+            super().__init__(config)
         self.vocab_shards = shards_of_all_processes(config) if vocab_parallel else None
         tables: Any = item_tables(config)
         if self.vocab_shards is not None:
