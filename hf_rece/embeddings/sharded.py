@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
@@ -81,12 +81,10 @@ def draw_rows(weight: Tensor, shards: VocabShards, std: float) -> None:
         shards: how the classes are cut.
         std: standard deviation.
     """
-    seed = [int(torch.randint(2**62, ()))]
-    if shards.world_size > 1:
-        distributed.broadcast_object_list(seed, group_src=0, group=shards.group)
+    seed = int(shards.take_from_first(torch.randint(2**62, ())))
     block = torch.empty(_ROWS_A_BLOCK, weight.shape[1])
     for start in range(0, shards.n_classes, _ROWS_A_BLOCK):
         first, stop = max(start, shards.first), min(start + _ROWS_A_BLOCK, shards.stop)
         if first < stop:
-            block.normal_(0.0, std, generator=torch.Generator().manual_seed(seed[0] + start))
+            block.normal_(0.0, std, generator=torch.Generator().manual_seed(seed + start))
             weight[first - shards.first : stop - shards.first] = block[first - start : stop - start]

@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
-from torch import distributed
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -91,8 +90,8 @@ class PublishedRecommender(ShardedCheckpoints):
             folder = make_folder(save_directory)
             with complete_files(folder, CONFIG_NAME, replaced=stale) as part:
                 self._save_without_card(part, **kwargs)
-        if self.vocab_shards is not None and self.vocab_shards.world_size > 1:
-            distributed.barrier(self.vocab_shards.group)  # all may read the files now
+        if self.vocab_shards is not None:
+            self.vocab_shards.wait_for_all()  # and may read the files now
         if kwargs.get("is_main_process", True):
             self.write_model_card(save_directory)
             if pushes:

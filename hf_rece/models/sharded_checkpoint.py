@@ -13,13 +13,14 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.embeddings.sharded import ShardedEmbedding, ShardedLinear
 from hf_rece.errors import DataError
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints
+from hf_rece.ops import messages
 from hf_rece.ops.shards import VocabShards
 
 # Rows that the first process holds of another's, and writes, at once.
@@ -58,7 +59,7 @@ def write_consolidated(
     if shards.rank:
         for name in [name for name in tensors if name in sharded]:
             for piece in _pieces(sharded[name]):
-                distributed.send(piece, group_dst=0, group=shards.group)
+                messages.send(piece, 0, shards.group)
     else:
         part = Path(f"{path}.part")
         with part.open("wb") as file:
@@ -68,11 +69,10 @@ def write_consolidated(
                     _write(file, piece)
                 for rank in range(1, shards.world_size) if name in sharded else ():
                     for piece in _pieces(tensor, shards.sizes[rank]):
-                        distributed.recv(piece, group_src=rank, group=shards.group)
+                        messages.receive(piece, rank, shards.group)
                         _write(file, piece)
         os.replace(part, path)
-    if shards.world_size > 1:
-        distributed.barrier(shards.group)  # all may read the file now
+    shards.wait_for_all()  # all may read the file now
 
 
 def _write_header(

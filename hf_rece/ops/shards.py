@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import messages
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -84,13 +85,13 @@ class VocabShards:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of values over the processes, in place. Collective."""
         if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+            messages.reduce_all(values, "sum", self.group)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the largest of the processes' values, in place. Collective."""
         if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
+            messages.reduce_all(values, "max", self.group)
         return values
 
     def join(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -103,14 +104,32 @@ class VocabShards:
         longest = max(sizes)
         if self.world_size == 1 or longest == 0:
             return values
-        # As bytes, whatever the type: not every backend sends 16 bit integers.
-        own = values.reshape(len(values), values.shape[1:].numel()).contiguous().view(torch.uint8)
-        padded = own.new_empty(longest, own.shape[1])
-        padded[: len(own)] = own
-        pieces = list(own.new_empty(self.world_size, *padded.shape).unbind(0))
-        distributed.all_gather(pieces, padded, group=self.group)
+        padded = values.new_empty(longest, values.shape[1:].numel())
+        padded[: len(values)] = values.reshape(len(values), -1)
+        pieces = messages.gather_all(padded, self.world_size, self.group)
         joined = torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
-        return joined.view(values.dtype).view(-1, *values.shape[1:])
+        return joined.view(-1, *values.shape[1:])
+
+    def exchange(self, values: Tensor, n_sent: Sequence[int], n_received: Sequence[int]) -> Tensor:
+        """Return the rows that the others send to this process, by rank. Collective.
+
+        Args:
+            values: (sum of n_sent, ...), rows for the first process, for the second, and so on.
+            n_sent: rows for each process.
+            n_received: rows of each process.
+        """
+        return messages.exchange(values, n_sent, n_received, self.group)
+
+    def take_from_first(self, values: Tensor) -> Tensor:
+        """Return the first process's values, in place. Collective."""
+        if self.world_size > 1:
+            messages.take_from_first(values, self.group)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return when all processes have called this. Collective."""
+        if self.world_size > 1:
+            messages.wait_for_all(self.group)
 
     def share_tokens(self, *counts: int, device: torch.device) -> SharedTokens:
         """Return who brings how many tokens. Collective.
@@ -201,10 +220,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shards, sizes = ctx.tokens.shards, ctx.tokens.sizes
         n_own = sizes[shards.rank]
-        parts = grad.new_empty(shards.world_size * n_own, *grad.shape[1:])
-        distributed.all_to_all_single(
-            parts, grad.contiguous(), [n_own] * shards.world_size, sizes, group=shards.group
-        )
+        parts = shards.exchange(grad, sizes, [n_own] * shards.world_size)
         # Added up here, in a wide type and always in the same order.
         wide = accumulation_dtype(grad.dtype)
         of_processes = parts.view(shards.world_size, n_own, *grad.shape[1:])
@@ -228,9 +244,7 @@ def same_draws(
         return
     source = _generator_of(device) if generator is None else generator
     before = source.get_state()
-    state = before.clone().to(device)
-    distributed.broadcast(state, group_src=0, group=shards.group)
-    source.set_state(state.cpu())
+    source.set_state(shards.take_from_first(before.clone()))
     try:
         yield
     finally:
@@ -332,8 +346,8 @@ class _Questions:
         counts = torch.bincount(owners, minlength=shards.world_size)
         # An id that is nobody's: all are told, so that none waits for an answer.
         counts = torch.where(outside.any(), -1, counts)
-        told = torch.empty_like(counts)
-        distributed.all_to_all_single(told, counts, group=shards.group)
+        one_each = [1] * shards.world_size
+        told = shards.exchange(counts, one_each, one_each)
         n_asking, n_asked = counts.tolist(), told.tolist()
         if min(*n_asking, *n_asked) < 0:
             raise ArgumentError(
@@ -343,22 +357,14 @@ class _Questions:
                 f"Pass ids from 0 to {shards.n_classes - 1}, or make a larger table",
             )
         order = owners.argsort(stable=True)
-        asked = ids.new_empty(sum(n_asked))
-        distributed.all_to_all_single(asked, ids[order], n_asked, n_asking, group=shards.group)
+        asked = shards.exchange(ids[order], n_asking, n_asked)
         return cls(order, n_asking, n_asked, asked - shards.first, shards)
 
     def answer(self, rows: Tensor) -> Tensor:
         """Return rows (K, D) of the own ids, for the rows that others asked for. Collective."""
-        received = rows.new_empty(len(self.order), rows.shape[1])
-        distributed.all_to_all_single(
-            received, rows.contiguous(), self.n_asking, self.n_asked, group=self.shards.group
-        )
+        received = self.shards.exchange(rows, self.n_asked, self.n_asking)
         return torch.empty_like(received).index_copy_(0, self.order, received)
 
     def send(self, grad: Tensor) -> Tensor:
         """Return what others bring to the rows they asked for, for grad (K, D). Collective."""
-        received = grad.new_empty(len(self.asked), grad.shape[1])
-        distributed.all_to_all_single(
-            received, grad[self.order], self.n_asked, self.n_asking, group=self.shards.group
-        )
-        return received
+        return self.shards.exchange(grad[self.order], self.n_asking, self.n_asked)

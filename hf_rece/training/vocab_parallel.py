@@ -189,10 +189,14 @@ def clip_cut_gradients(
     """
     own = [p.grad for p in cut if p.grad is not None]
     gradients = [p.grad for p in whole if p.grad is not None]
-    squared = torch.nn.utils.get_total_norm(own).square()
+    # Where there are none, of rows that are frozen, torch's norm is on the CPU.
+    device = next((gradient.device for gradient in gradients + own), None)
+    squared, of_whole = (
+        torch.nn.utils.get_total_norm(part).square().to(device) for part in (own, gradients)
+    )
     if shards is not None:
         squared = shards.sum(squared)
-    norm = (torch.nn.utils.get_total_norm(gradients).square() + squared).sqrt()
+    norm = (of_whole + squared).sqrt()
     # 1e-6 as in torch: a norm of 0 is no division by 0.
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*gradients, *own):
