@@ -2,18 +2,25 @@
 
 Each function below that says "collective" is called by all processes of the group, and exchanges a
 number of messages that depends on no data: a process without a token calls it like any other.
+
+Where there are more processes than hold a vocabulary together, several groups hold it, each the
+whole, as a DeviceMesh ("data", "vocab") arranges them:
+
+    vocab:     0         1         2         3
+    data: 0    rank 0    rank 1    rank 2    rank 3     tokens meet the classes of their own row
+          1    rank 4    rank 5    rank 6    rank 7     gradients are averaged over a column
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import messages
@@ -27,17 +34,28 @@ class VocabShards:
     Args:
         n_classes: C.
         rank: of this process in the group.
-        world_size: processes of the group.
+        world_size: processes of the group, which hold all classes together.
         group: process group; None for the default one, and for a process on its own.
+        data_rank: of this process among those that hold the same classes in other groups.
+        data_size: number of groups, each of which holds all classes.
+        data_group: process group of those that hold the same classes; None for no others.
     """
 
     n_classes: int
     rank: int = 0
     world_size: int = 1
     group: Any = None
+    data_rank: int = 0
+    data_size: int = 1
+    data_group: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VocabShards:
         return self  # a process group cannot be copied
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the first of all: the one that writes."""
+        return self.rank == self.data_rank == 0
 
     @property
     def first(self) -> int:
@@ -104,8 +122,9 @@ class VocabShards:
         longest = max(sizes)
         if self.world_size == 1 or longest == 0:
             return values
-        padded = values.new_empty(longest, values.shape[1:].numel())
-        padded[: len(values)] = values.reshape(len(values), -1)
+        width = values.shape[1:].numel()
+        padded = values.new_empty(longest, width)
+        padded[: len(values)] = values.reshape(len(values), width)
         pieces = messages.gather_all(padded, self.world_size, self.group)
         joined = torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
         return joined.view(-1, *values.shape[1:])
@@ -126,20 +145,48 @@ class VocabShards:
             messages.take_from_first(values, self.group)
         return values
 
+    def take_from_main(self, values: Tensor) -> Tensor:
+        """Return the values of the first process of all groups, in place. Collective in all."""
+        if self.data_size > 1:
+            messages.take_from_first(values, self.data_group)
+        return self.take_from_first(values)
+
+    def average_over_data(self, values: Tensor) -> Tensor:
+        """Return the mean of values over the groups, in place. Collective in all groups."""
+        if self.data_size > 1:
+            messages.reduce_all(values, "sum", self.data_group).div_(self.data_size)
+        return values
+
     def wait_for_all(self) -> None:
-        """Return when all processes have called this. Collective."""
+        """Return when all processes of all groups have called this. Collective in all."""
         if self.world_size > 1:
             messages.wait_for_all(self.group)
+        if self.data_size > 1:
+            messages.wait_for_all(self.data_group)
 
-    def share_tokens(self, *counts: int, device: torch.device) -> SharedTokens:
+    def share_tokens(
+        self, *counts: int, device: torch.device, error: ArgumentError | None = None
+    ) -> SharedTokens:
         """Return who brings how many tokens. Collective.
 
         Args:
             *counts: this process's number of tokens, and other numbers to tell the others.
             device: of the message.
+            error: what is wrong in this process, and is raised in all: else they would wait for it.
+
+        Raises:
+            ArgumentError: the error of a process; in others it names the process.
         """
-        own = torch.tensor([counts], device=device)
-        return SharedTokens(self.join(own, [1] * self.world_size).tolist(), self)
+        text = str(error or "").encode()
+        own = torch.tensor([[*counts, len(text)]], device=device)
+        told = self.join(own, [1] * self.world_size).tolist()
+        lengths = [of_process.pop() for of_process in told]
+        if any(lengths):
+            texts = self.join(torch.tensor(list(text), dtype=torch.uint8, device=device), lengths)
+            rank = next(rank for rank, length in enumerate(lengths) if length)
+            first = bytes(texts[: lengths[rank]].tolist()).decode().rstrip(".")
+            raise error or ArgumentError("process", rank, first, "Correct it there")
+        return SharedTokens(told, self)
 
 
 def shard_classes(n_classes: int, group: Any = None) -> VocabShards:
@@ -147,19 +194,25 @@ def shard_classes(n_classes: int, group: Any = None) -> VocabShards:
 
     Args:
         n_classes: C.
-        group: process group; None for all processes, or for this one where there are no others.
+        group: process group, or a DeviceMesh as vocab_mesh returns it, whose rows hold all classes
+            each; None for all processes, or for this one where there are no others.
 
     Raises:
         ArgumentError: if there are fewer classes than processes.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return VocabShards(n_classes)
+    data: Any = (0, 1, None)
+    if isinstance(group, DeviceMesh):
+        columns = group.get_group("data")
+        data = columns.rank(), columns.size(), columns
+        group = group.get_group("vocab")
     world_size = distributed.get_world_size(group)
     if n_classes < world_size:
         raise ArgumentError(
             "n_classes", n_classes, f"cannot be cut over {world_size} processes", "Use fewer"
         )
-    return VocabShards(n_classes, distributed.get_rank(group), world_size, group)
+    return VocabShards(n_classes, distributed.get_rank(group), world_size, group, *data)
 
 
 @dataclass(frozen=True)
@@ -225,39 +278,6 @@ class _Gather(torch.autograd.Function):
         wide = accumulation_dtype(grad.dtype)
         of_processes = parts.view(shards.world_size, n_own, *grad.shape[1:])
         return of_processes.sum(0, dtype=wide).to(grad.dtype), None
-
-
-@contextmanager
-def same_draws(
-    shards: VocabShards, generator: torch.Generator | None, device: torch.device
-) -> Iterator[None]:
-    """Let every process draw what the first one would have drawn. Collective.
-
-    Args:
-        shards: whose processes.
-        generator: that is drawn from; None for the device's own, which only the first process's
-            draws move on, so that dropout goes on as it would have.
-        device: of the draws.
-    """
-    if shards.world_size == 1:
-        yield
-        return
-    source = _generator_of(device) if generator is None else generator
-    before = source.get_state()
-    source.set_state(shards.take_from_first(before.clone()))
-    try:
-        yield
-    finally:
-        if generator is None and shards.rank:
-            source.set_state(before)
-
-
-def _generator_of(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
-    return generator
 
 
 @dataclass(frozen=True)
