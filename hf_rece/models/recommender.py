@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.gathered import call_gathered
 from hf_rece.embeddings.item_table import learn_item_table
 from hf_rece.embeddings.table_head import TableHead
 from hf_rece.losses import build_loss, cross_entropy_loss
@@ -57,7 +58,6 @@ class RecommenderModel(Recommending):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
 
     def __init__(self, config: RecommenderConfig, *, vocab_parallel: bool = False) -> None:
         super().__init__(config)
@@ -219,27 +219,32 @@ class RecommenderModel(Recommending):
         self, states: Tensor, targets: Tensor, seen: Tensor | None, rank_k: int | None
     ) -> RecommenderOutput:
         """Return the exact losses of targets (N,) and, with rank_k, their ranks."""
-        terms, excluded = as_rows(self.item_head, states), self._excluded()
+        excluded = self._excluded()
         shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
-        losses = cross_entropy_loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            excluded_ids=excluded,
-            reduction="none",
-            **shaping,
-        )
-        output = RecommenderOutput(losses=losses)
-        if rank_k is not None and isinstance(terms.rows, ShardedRows):
-            output.greater, output.tied, output.topk_ids = rank_of_own(
-                terms, targets, rank_k, excluded, seen
+
+        def compute(states: Tensor) -> tuple[Tensor, ...]:
+            terms = as_rows(self.item_head, states)
+            losses = cross_entropy_loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                excluded_ids=excluded,
+                reduction="none",
+                **shaping,
             )
-        elif rank_k is not None:
+            if rank_k is None:
+                return (losses,)
+            if isinstance(terms.rows, ShardedRows):
+                return losses, *rank_of_own(terms, targets, rank_k, excluded, seen)
             search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
-            output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
-            output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
-        return output
+            greater, tied = label_rank(terms.hidden, terms.rows, targets, **search)
+            best = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
+            return losses, greater, tied, best
+
+        losses, *ranks = call_gathered(self.item_head, compute, states)
+        greater, tied, best = ranks or (None, None, None)
+        return RecommenderOutput(losses=losses, greater=greater, tied=tied, topk_ids=best)
 
     def _prepare_table(self) -> None:
         table = self.get_input_embeddings()
@@ -270,14 +275,18 @@ class RecommenderModel(Recommending):
         loss = build_loss(self.config.loss_type, **knobs, excluded_ids=excluded)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
-        terms = as_rows(self.item_head, states)
-        return loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            num_items_in_batch=num_items_in_batch,
-        )
+
+        def compute(states: Tensor) -> Tensor:
+            terms = as_rows(self.item_head, states)
+            return loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                num_items_in_batch=num_items_in_batch,
+            )
+
+        return call_gathered(self.item_head, compute, states)
 
     def _excluded(self) -> Tensor | None:
         """Return padding, which is never recommended."""
