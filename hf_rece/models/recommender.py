@@ -80,6 +80,7 @@ class RecommenderModel(Recommending):
             if config.tie_word_embeddings:
                 self._keys_to_ignore_on_save = {"item_head.weight"}
         self.tokenizer: ItemTokenizer | None = None
+        self._reduced_elsewhere: list[str] = []
         self.post_init()
 
     @torch.no_grad()
@@ -129,7 +130,12 @@ class RecommenderModel(Recommending):
         return [
             *(name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))),
             *self.names_of_own_rows(),
+            *self._reduced_elsewhere,
         ]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self._reduced_elsewhere = names
 
     def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
         """Give new compressed tables the codes or signatures of a training log, before training.
