@@ -1,4 +1,4 @@
-"""For tests alone: let Accelerate run FSDP2 on CPUs, where it otherwise takes DDP without a word."""
+"""For tests alone: let Accelerate run FSDP2 on CPUs, where it otherwise silently takes DDP."""
 
 import functools
 

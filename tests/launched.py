@@ -1,7 +1,7 @@
 """Run recipes as `accelerate launch` does, in several processes, and tell what came of them.
 
-As a script: launched.py JOBS FOLDER [fsdp] runs the recipes of a JSON file one after another, in one
-start of all processes, and leaves what each process found in FOLDER.
+As a script: launched.py JOBS FOLDER [fsdp] runs the recipes of a JSON file one after another, in
+one start of all processes, and leaves what each process found in FOLDER.
 """
 
 import json

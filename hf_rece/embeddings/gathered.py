@@ -14,9 +14,7 @@ from hf_rece.embeddings.table_head import TableHead
 Result = TypeVar("Result")
 
 
-def call_gathered(
-    layer: nn.Module, compute: Callable[[Tensor], Result], hidden: Tensor
-) -> Result:
+def call_gathered(layer: nn.Module, compute: Callable[[Tensor], Result], hidden: Tensor) -> Result:
     """Return compute(hidden), computed while the weights of an output layer are whole.
 
     FSDP, DeepSpeed's ZeRO-3 and Accelerate's offloading bring a module's weights together before
