@@ -20,3 +20,8 @@ def enable():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
+
+
+def start_anew():
+    """Let Accelerate forget the first model of this process, whose layers it would cut in all."""
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -15,6 +15,8 @@ from unittest.mock import patch
 
 from transformers import Trainer
 
+from tests.fsdp_on_cpu import enable, start_anew
+
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ROOT / "recipes" / "accelerate"
 
@@ -91,13 +93,11 @@ def launch(jobs, n_processes, folder, config="ddp.yaml", *options):
 def main():
     jobs, folder, *options = sys.argv[1:]
     if options:
-        from tests.fsdp_on_cpu import enable
-
         enable()
-    found = {
-        name: findings(recipe, words)
-        for name, (recipe, words) in json.loads(Path(jobs).read_text()).items()
-    }
+    found = {}
+    for name, (recipe, words) in json.loads(Path(jobs).read_text()).items():
+        start_anew()
+        found[name] = findings(recipe, words)
     Path(folder, os.environ["RANK"]).write_bytes(pickle.dumps(found))
 
 
