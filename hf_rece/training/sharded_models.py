@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class ShardedModels(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as transformers.Trainer does, with FSDP2 before training too."""
         if self._is_fsdp2 and not isinstance(self.model, FSDPModule):
+            self._keep_losses_wide()
             # Accelerate cuts a model together with its optimizer, never alone.
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -57,7 +59,17 @@ class ShardedModels(Trainer):
     def _is_fsdp2(self) -> bool:
         return self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
 
+    def _keep_losses_wide(self) -> None:
+        """Let a model that computes in half precision return losses in float32, as it makes them."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, output_dtype=None
+            )
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_fsdp2:
+            self._keep_losses_wide()
         groups = self._groups_of_cut_parameters()
         prepared = super()._prepare_for_training(*args, **kwargs)
         # Accelerate finds parameters again by their addresses, which empty shards have in common.

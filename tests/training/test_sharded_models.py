@@ -225,8 +225,21 @@ def refused(rank, folder):
     return found
 
 
+def in_half_precision(rank, folder):
+    """Return the exact losses of users by a model that computes in bfloat16."""
+    enable()
+    trainer = recommender_trainer(folder, 2, {}, bf16=True)
+    trainer.train()
+    losses = trainer.predict(trainer.eval_dataset).predictions[3]
+    return torch.as_tensor(losses), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
 def both(rank, folder):
-    return {"resumed": resumed(rank, folder), "refused": refused(rank, folder)}
+    return {
+        "resumed": resumed(rank, folder),
+        "refused": refused(rank, folder),
+        "half": in_half_precision(rank, folder),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +259,14 @@ def test_the_best_checkpoint_is_loaded_at_the_end(others):
         got, best, worst = found["resumed"]["best"]
         assert best > worst
         assert got == pytest.approx(best, rel=1e-6)
+
+
+def test_losses_of_a_model_in_half_precision_keep_their_digits(others):
+    for found in others:
+        losses, history = found["half"]
+        assert losses.dtype == torch.float32
+        assert (losses != losses.bfloat16().float()).any()
+        assert any(loss != torch.tensor(loss).bfloat16().item() for loss in history)
 
 
 @pytest.mark.parametrize(
