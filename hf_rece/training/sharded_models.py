@@ -60,7 +60,7 @@ class ShardedModels(Trainer):
         return self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
 
     def _keep_losses_wide(self) -> None:
-        """Let a model that computes in half precision return losses in float32, as it makes them."""
+        """Let a model that computes in half precision return its losses in float32."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = replace(
