@@ -280,3 +280,20 @@ def test_losses_of_a_model_in_half_precision_keep_their_digits(others):
 def test_what_does_not_go_together_is_refused(others, name, message):
     for found in others:
         assert message in found["refused"][name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"loss_type": "sampled_softmax", "loss_kwargs": {"sparse_grad": True}},
+            "sparse_grad=True: DeepSpeed cuts",
+        ),
+        ({"nonfinite_loss": "skip"}, "nonfinite_loss='skip': DeepSpeed makes the steps"),
+    ],
+)
+def test_deepspeed_refuses_likewise_wherever_it_is_configured(arguments, message, tmp_path):
+    trainer = recommender_trainer(tmp_path, 1, {}, **arguments)
+    trainer.is_deepspeed_enabled = True  # as a configuration of accelerate launch makes it
+    with pytest.raises(ArgumentError, match=message):
+        trainer.train()
