@@ -39,7 +39,8 @@ def rece_plan(
         tile_bytes: bytes of a tile.
 
     Memory:
-        O(R (N + C)) integers.
+        O(R (N + C)) integers. Over ShardedRows too, in every process: all classes are sorted
+        together.
     """
     grids: list[Grid] = []
     earlier: list[EarlierRound] = []
