@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_rece import cli, generate_interactions
 from hf_rece.data.prepare import prepare_log
@@ -55,13 +56,29 @@ COMMANDS = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in COMMANDS for path in (RECIPES / folder).glob("*.yaml")),
+    ids=lambda path: path.name,
+)
 def test_every_yaml_file_parses(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
     command, types = COMMANDS[path.parent.name]
     words = [str(path), "--output_dir", str(tmp_path), "--bf16", "false"]
     *_, training = cli.parse(types(), words, command)
     assert training.loss_type == settings["loss_type"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")]
+)
+def test_accelerate_takes_every_configuration(name, kind):
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes) == (kind, 2)
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == 3
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])

@@ -14,7 +14,12 @@ import torch
 from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import (
+    FSDP_MODEL_NAME,
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -51,6 +56,9 @@ class WholeCheckpoints(Trainer):
     train(resume_from_checkpoint=True) takes the newest checkpoint that is whole, and says which it
     leaves out: transformers' Trainer, killed while it saves, leaves one without its optimizer, and
     would go on from there with a new one.
+
+    With FSDP a checkpoint holds the whole model in model.safetensors, as ever, and what Accelerate
+    resumes from; it resumes with FSDP alone.
 
     On a CPU, in one process with as many threads, a resumed run ends with the weights of an
     undisturbed one to the bit, whatever the loss. On GPUs rows are added up in any order, by torch
@@ -137,9 +145,11 @@ class WholeCheckpoints(Trainer):
         if not has_own_files and not any(checkpoint.rglob("*model*.safetensors")):
             needed.append(SAFE_WEIGHTS_NAME)
         missing = [name for name in needed if not (checkpoint / name).is_file()]
+        if self.is_fsdp_enabled and not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
+            missing.append(f"{FSDP_MODEL_NAME}.bin")
         if missing:
             return f"there is no {', '.join(missing)} in it"
-        torch_files = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+        torch_files = [path for end in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{end}")]
         cut = [path.name for path in torch_files if not zipfile.is_zipfile(path)]
         cut += [path.name for path in checkpoint.glob("*.json") if not _is_json(path)]
         cut += [path.name for path in checkpoint.glob("*.safetensors") if not _opens(path)]
