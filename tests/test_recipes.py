@@ -135,6 +135,44 @@ def test_a_peer_that_cannot_run_is_shown_with_its_reason(monkeypatch):
     assert reason_not_to_run("cross_entropy", huge, 1e11, 60).startswith("would take")
 
 
+WRONG = "@cases(5, st.integers(0))\ndef test_wrong"
+PROPERTIES = """
+from hypothesis import strategies as st
+from tests.fuzz.cases import cases
+
+@cases(5, st.integers(0))
+def test_right(case):
+    assert case >= 0
+
+@cases(5, st.integers(0))
+def test_wrong(case):
+    assert case < 0
+"""
+
+
+@pytest.mark.parametrize("outcome", ["fails", "ends early", "holds"])
+def test_fuzzing_fails_with_a_property(outcome, monkeypatch, tmp_path):
+    text = PROPERTIES if outcome == "fails" else PROPERTIES.partition(WRONG)[0]
+    if outcome == "ends early":
+        text = text.replace("st.integers(0)", "st.booleans()")
+    (tmp_path / "test_it.py").write_text(text)
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    import fuzz
+
+    monkeypatch.setattr(fuzz, "FOLDER", tmp_path)
+    monkeypatch.setattr(fuzz, "environment", dict)
+    monkeypatch.setattr(fuzz, "RESULT", tmp_path / "fuzz.json")
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "7"])
+    if outcome == "holds":
+        fuzz.main()
+    else:
+        name = "test_wrong: failed" if outcome == "fails" else "test_right: 2 cases of 7"
+        with pytest.raises(SystemExit, match=rf"test_it.py: {name}"):
+            fuzz.main()
+    found = json.loads((tmp_path / "fuzz.json").read_text())["files"]["it"]
+    assert found["test_right"]["outcome"] == "passed"
+
+
 def test_results_hold_no_path():
     for path in (RECIPES / "benchmarks" / "results").iterdir():
         if path.suffix.startswith(".json"):

@@ -61,8 +61,8 @@ class Recommending(GrowingCatalogue):
     ) -> list[list[Recommendation]]:
         """Return the k best next items of each history, best first, in the user's own item ids.
 
-        With a vocabulary that is cut over processes, or a model that FSDP2 cuts, all of them ask
-        the same and get the same answer; so with user_vectors and item_vectors.
+        With a vocabulary that is cut over processes, or a model that FSDP2 cuts, all that hold it
+        together ask the same and get the same answer; so with user_vectors and item_vectors.
 
         Items that the model does not know are left out of a history, with one warning that names
         them. A history without a known item gets an empty answer.

@@ -13,7 +13,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops import native
 from hf_rece.ops.best_of import BestOf
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
-from hf_rece.ops.products import product
+from hf_rece.ops.products import product, recurring
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
 from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
@@ -237,9 +237,9 @@ class _Search:
         """Yield (class ids (m,), scores (n, m)), -inf for classes that do not compete."""
         n_classes = self.rows.n_rows if self.allowed_ids is None else len(self.allowed_ids)
         width = self.rows.width
-        n_queries = queries.stop - queries.start
-        step = max(self.tile_bytes // (4 * (n_queries + width)), MIN_TILE_SIDE)
-        step += -step % 8  # see best_of.py
+        n_queries = recurring(queries.stop - queries.start)
+        step = self.tile_bytes // (4 * (n_queries + width))
+        step = max(step // MIN_TILE_SIDE, 1) * MIN_TILE_SIDE  # of eights: see best_of.py
         hidden = self.hidden[queries].to(self.dtype)
         for start in range(0, n_classes, step):
             columns = slice(start, min(start + step, n_classes))

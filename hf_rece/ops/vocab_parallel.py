@@ -21,6 +21,7 @@ from hf_rece.ops import stream_torch
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
 from hf_rece.ops.rows import gradient_buffer, gradient_buffers
 from hf_rece.ops.shards import ShardedRows, VocabShards
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.stream import Backend, Kernel, choose_kernel
 from hf_rece.ops.stream_torch import Gradients, Scores
 
@@ -104,7 +105,8 @@ def sharded_stream(
     Collective, and so is its backward: three messages of the size of the tokens (with
     merge="maximum", of the plan's pairs of group and token) forward, and one backward. hidden gets
     the gradient through this process's classes, which SharedTokens.gather adds up; the rows get the
-    mean over the processes.
+    mean over the processes. Where a tile does not fit, a process walks its own part again, see
+    with_smaller_tiles, and the others wait for it.
 
     Args:
         hidden: (N, D), the tokens of all processes.
@@ -158,15 +160,22 @@ class _ShardedStream(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scores, plan, shards = how.scores(hidden, bias), how.plan, how.rows.shards
         is_own, local = how.own_labels(labels)
+
+        def walk(tile_bytes: int) -> tuple[Tensor, list[Tensor]]:
+            sized = replace(how, plan=replace(plan, tile_bytes=tile_bytes))
+            own = stream_torch.label_logits(scores, local, tile_bytes)
+            if plan.merge == "maximum":
+                return own, [_group_values(sized, scores, grid) for grid in plan.grids]
+            return own, [how.kernel.forward(scores, sized.plan)[0]]
+
         with torch.autocast(hidden.device.type, enabled=False):
-            own = stream_torch.label_logits(scores, local, plan.tile_bytes)
+            own, values = with_smaller_tiles(plan.tile_bytes, walk)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
-                merged, winner = _merge_maximum(how, scores)
+                merged, winner = _merge_maximum(how, scores, values)
             else:
-                local_merged, _, _ = how.kernel.forward(scores, plan)
-                merged = _MERGES[plan.merge](local_merged, shards)
+                merged = _MERGES[plan.merge](values[0], shards)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.how = how
         return own, merged[: plan.n_tokens].clone()
@@ -178,21 +187,27 @@ class _ShardedStream(torch.autograd.Function):
         how: _How = ctx.how
         scores, shards = how.scores(hidden, bias), how.rows.shards
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
-        into = Gradients(
-            hidden=gradient_buffer(hidden) if wants_hidden else None,
-            rows=gradient_buffers(tensors, wants_rows),
-            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-            if wants_bias
-            else None,
-        )
         # Each process knows the gradients of its own tokens' losses.
         both = shards.sum(torch.stack([grad_own, grad_merged]))
         grad_own, grad_merged = torch.cat([both, both.new_zeros(2, 1)], dim=1).unbind(0)
         is_own, local = how.own_labels(labels)
         of_labels = grad_own[:-1].masked_fill(~is_own, 0)
+
+        def walk(tile_bytes: int) -> Gradients:
+            into = Gradients(
+                hidden=gradient_buffer(hidden) if wants_hidden else None,
+                rows=gradient_buffers(tensors, wants_rows),
+                bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
+                if wants_bias
+                else None,
+            )
+            plan = replace(how.plan, tile_bytes=tile_bytes)
+            stream_torch.label_backward(scores, local, of_labels, into, tile_bytes)
+            how.kernel.backward(scores, plan, merged, winner, grad_merged, into)
+            return into
+
         with torch.autocast(hidden.device.type, enabled=False):
-            stream_torch.label_backward(scores, local, of_labels, into, how.plan.tile_bytes)
-            how.kernel.backward(scores, how.plan, merged, winner, grad_merged, into)
+            into = with_smaller_tiles(how.plan.tile_bytes, walk)
         rows_grads = into.rows or (None,) * len(tensors)
         for buffer in (*rows_grads, into.bias):
             if buffer is not None:
@@ -225,18 +240,22 @@ def _merge_sum(values: Tensor, shards: VocabShards) -> Tensor:
 _MERGES = {"logaddexp": _merge_logaddexp, "sum": _merge_sum}
 
 
-def _merge_maximum(how: _How, scores: Scores) -> tuple[Tensor, Tensor]:
+def _merge_maximum(how: _How, scores: Scores, local: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return each token's largest log-sum-exp of a group (N + 1,), and that group's number.
 
     Groups are compared by all of their classes, so theirs are merged before the maximum is taken.
+
+    Args:
+        how: the plan, local.
+        scores: of all tokens.
+        local: of each grid, its _group_values.
     """
     plan = how.plan
     best = scores.hidden.new_full((plan.n_tokens + 1,), -torch.inf, dtype=scores.dtype)
     winner = torch.full_like(best, -1, dtype=torch.long)
     first_group = 0
-    for grid in plan.grids:
-        local = [_group_values(how, scores, piece) for piece in _pieces(grid, scores, plan)]
-        values = _merge_logaddexp(torch.cat(local), how.rows.shards)
+    for grid, of_classes_here in zip(plan.grids, local, strict=True):
+        values = _merge_logaddexp(of_classes_here, how.rows.shards)
         tokens = grid.tokens.reshape(-1).long()
         best.scatter_reduce_(0, tokens, values, "amax")
         groups = torch.arange(len(grid.tokens), device=best.device) + first_group
@@ -261,6 +280,11 @@ def _pieces(grid: Grid, scores: Scores, plan: Plan) -> list[Grid]:
 
 def _group_values(how: _How, scores: Scores, grid: Grid) -> Tensor:
     """Return (G * n,) log-sum-exps of each token over the local classes of each of its groups."""
+    pieces = _pieces(grid, scores, how.plan)
+    return torch.cat([_values_of_piece(how, scores, piece) for piece in pieces])
+
+
+def _values_of_piece(how: _How, scores: Scores, grid: Grid) -> Tensor:
     # As a plan in which every pair of group and token is a token of its own.
     members = grid.tokens.reshape(-1).long()
     places = torch.arange(len(members), device=members.device)

@@ -227,7 +227,11 @@ def train_recommender(
         tie_word_embeddings=model_arguments.tie_word_embeddings,
         item_embedding=cast("dict[str, Any] | None", model_arguments.item_embedding),
     )
-    model = RecommenderModel(config, vocab_parallel=training.vocab_parallel)
+    model = RecommenderModel(
+        config,
+        vocab_parallel=training.vocab_parallel,
+        vocab_parallel_size=training.vocab_parallel_size,
+    )
     if model_arguments.item_embedding is not None:
         model.learn_item_tables(_in_memory(splits["train"]))
     model.tokenizer = tokenizer

@@ -36,6 +36,17 @@ TRAININGS = {
     "sce": "**`sce`**",
 }
 
+# Loss, table, and how processes hold it, of results/scale.json.
+SCALES = {
+    ("dense", "dense", "ddp"): "dense logits, DDP",
+    ("cross_entropy", "dense", "ddp"): "`cross_entropy`, DDP",
+    ("cross_entropy", "dense", "fsdp"): "`cross_entropy`, FSDP",
+    ("cross_entropy", "dense", "vocab_parallel"): "`cross_entropy`, `vocab_parallel`",
+    ("rece", "dense", "vocab_parallel"): "`rece`, `vocab_parallel`",
+    ("sce", "dense", "vocab_parallel"): "`sce`, `vocab_parallel`",
+    ("stratified", "lma", "ddp"): "`stratified`, LMA table 16x, DDP",
+}
+
 
 def losses() -> Iterator[tuple[str, ...]]:
     """Yield head and rows: memory and time of loss and backward at two shapes."""
@@ -89,7 +100,28 @@ def training() -> Iterator[tuple[str, ...]]:
         )
 
 
-TABLES = {"losses": losses, "training": training}
+def scale() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: simulated memory and time of a step; in italics what does not fit."""
+    record = read("scale.json")
+    rows = [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]
+    sizes = {
+        (10**7, 8): "10 million items, 8 GPUs",
+        (10**8, 64): "100 million, 64",
+        (10**9, 1024): "a billion, 1,024",
+    }
+    yield "simulated: GB a GPU; seconds a step (sending)", *sizes.values()
+    for of_row, label in SCALES.items():
+        cells = []
+        for size in sizes:
+            wanted = (size[0], 64, size[1], *of_row)
+            (row,) = (row for row in rows if tuple(row.values())[: len(wanted)] == wanted)
+            memory = f"{row['gb_per_rank']:,.{'0' if row['gb_per_rank'] >= 20 else '1'}f} GB"
+            took = f"{row['step_seconds']:.2g} s ({row['message_seconds']:.2g})"
+            cells.append(f"{memory}; {took}" if row["fits"] else f"*{memory}*")
+        yield label, *cells
+
+
+TABLES = {"losses": losses, "training": training, "scale": scale}
 
 
 def read(name: str) -> Any:

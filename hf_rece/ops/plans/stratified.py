@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_rece.ops.lsh import buckets, random_directions, sort_into_chunks
 from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.rows import DenseRows, OutputRows
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.topk import streamed_topk
 
 
@@ -94,7 +95,9 @@ def stratified_plan(
     shuffled = torch.randperm(n_tokens, generator=generator, device=hidden.device)
     tokens = _partition(shuffled, n_tokens, n_blocks)
 
-    hits = _find_hits(groups, hard, labels, tokens, classes, tile_bytes)
+    hits = with_smaller_tiles(
+        tile_bytes, lambda size: _find_hits(groups, hard, labels, tokens, classes, size)
+    )
     hard_grid = Grid(groups, hard, skip=hits.labels_in_hard)
     if n_hard >= len(allowed):  # nothing is left to estimate
         return Plan((hard_grid,), "logaddexp", n_tokens, n_classes, tile_bytes)
