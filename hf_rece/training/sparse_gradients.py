@@ -130,5 +130,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         rows = shards.share_tokens(own.values().shape[0], device=gradient.device)
         ids = shards.join(own.indices()[0], rows.sizes)
         values = shards.join(own.values(), rows.sizes).div_(shards.world_size)
-        joined = torch.sparse_coo_tensor(ids.unsqueeze(0), values, gradient.shape)
+        joined = torch.sparse_coo_tensor(
+            ids.unsqueeze(0), values, gradient.shape, check_invariants=False
+        )
         parameter.grad = joined.coalesce()
