@@ -20,7 +20,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         # oneDNN keeps a program of a megabyte for every shape that it has met, and steps differ in
         # their number of tokens.
         if recurring(n) > n or recurring(m) > m:
-            return product(_padded(left), _padded(right))[:n, :m]
+            return product(_padded(left), _padded(right))[:n, :m].contiguous()
         # torch.mm calls MKL, which runs at half of this speed on processors of other makers.
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
     return left @ right.T

@@ -287,7 +287,9 @@ def blocks_of(kind: Kind, inputs: Inputs, pairs: Pairs) -> Blocks:
     table = _BLOCKS[key]
     if shared_memory >= _ROOMY:
         table = {**table, **_ON_ROOMY_DEVICES.get(key, {})}
-    found = next(blocks for widest, blocks in table.items() if widest >= inputs.width)
+    # Wider than all: the last walks the width in pieces, whatever it is.
+    fitting = (blocks for widest, blocks in table.items() if widest >= inputs.width)
+    found = next(fitting, [*table.values()][-1])
     return Blocks(
         _fit(found.tokens, pairs.n),
         _fit(found.classes, pairs.n_columns),

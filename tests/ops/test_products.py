@@ -25,7 +25,9 @@ def test_few_sizes_stand_for_many():
 @given(st.integers(0, 130), st.integers(0, 130), st.integers(1, 9))
 def test_a_product_is_that_of_torch(n, m, k):
     left, right = torch.randn(n, k), torch.randn(m, k)
-    torch.testing.assert_close(product(left, right), left @ right.T)
+    found = product(left, right)
+    torch.testing.assert_close(found, left @ right.T)
+    assert found.is_contiguous()
 
 
 @pytest.mark.skipif(

@@ -125,6 +125,7 @@ def test_inputs_of_two_dtypes_are_multiplied_in_float32(device):
         ("stratified", 4, 150, 1),
         ("stratified", 12, 141, 260),
         ("rece", 16, 150, 100),
+        ("cross_entropy", 4, 141, 5000),
     ],
 )
 def test_any_shape(name, n_tokens, n_classes, width, device):

@@ -46,12 +46,16 @@ def test_recommenders_and_language_models():
     assert all("cp.async" in launch["instructions"] for launch in launches)
 
 
+def test_the_widest_language_models():
+    check(compiled(90, "exhaustive:bfloat16:4096", "exhaustive:bfloat16:5120"))
+
+
 def test_every_option_at_once():
     check(compiled(80, "everything:float16:50"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize("plan", ["exhaustive", "everything", "maximum", "sum"])
 def test_every_plan_width_and_dtype(plan, capability):
     half = [f"{plan}:bfloat16:{width}" for width in (1, 64, 100, 256, 2048)]
