@@ -92,14 +92,17 @@ def cap_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _drop(logits: Tensor, tile: Tile) -> Tensor:
-    """Add the class log-weights and set logits that are not scored to -inf, in place."""
-    if tile.class_log_weight is not None:
-        logits += tile.class_log_weight.unsqueeze(1)
+    """Set logits that are not scored to -inf, in place."""
     if tile.dropped is not None:
         logits.masked_fill_(tile.dropped, -torch.inf)
     if tile.skip is not None:
         logits.view(-1).index_fill_(0, tile.skip, -torch.inf)
     return logits
+
+
+def _weigh(logits: Tensor, tile: Tile) -> Tensor:
+    """Add the class log-weights, in place."""
+    return logits if tile.class_log_weight is None else logits.add_(tile.class_log_weight[:, None])
 
 
 # --------------------------------------------------------------------------------------- forward
@@ -142,15 +145,18 @@ def forward(
     return merged, winner, seen
 
 
-def _scored_tiles(scores: Scores, plan: Plan) -> Iterator[tuple[Tile, Tensor]]:
+def _scored_tiles(
+    scores: Scores, plan: Plan, seen: Observations | None
+) -> Iterator[tuple[Tile, Tensor]]:
     for tile in walk(plan, scores.rows.width):
         hidden, rows = _tile_inputs(scores, tile)
-        yield tile, _drop(_capped_logits(scores, tile, hidden, rows), tile)
+        logits = _drop(_capped_logits(scores, tile, hidden, rows), tile)
+        if seen is not None:
+            _note_largest(logits, tile, seen)
+        yield tile, _weigh(logits, tile)
 
 
 def _note_largest(logits: Tensor, tile: Tile, seen: Observations) -> None:
-    if tile.class_log_weight is not None:
-        logits = logits - tile.class_log_weight.unsqueeze(1)
     seen.largest.scatter_reduce_(0, tile.tokens.reshape(-1), logits.amax(2).reshape(-1), "amax")
 
 
@@ -184,9 +190,7 @@ def _merge_logaddexp(
     running_max = scores.hidden.new_full(size, floor, dtype=scores.dtype)
     running_sum = torch.zeros_like(running_max)
     running_mean = torch.zeros_like(running_max)  # times running_sum
-    for tile, logits in _scored_tiles(scores, plan):
-        if seen is not None:
-            _note_largest(logits, tile, seen)
+    for tile, logits in _scored_tiles(scores, plan, seen):
         top, total = _max_and_sum(logits, tile)
         tokens = tile.tokens.reshape(-1)
         old = running_max[tokens]
@@ -212,9 +216,7 @@ def _merge_maximum(
     size = (plan.n_tokens + 1,)
     best = scores.hidden.new_full(size, -torch.inf, dtype=scores.dtype)
     winner = torch.full(size, -1, dtype=torch.long, device=best.device)
-    for tile, logits in _scored_tiles(scores, plan):
-        if seen is not None:
-            _note_largest(logits, tile, seen)
+    for tile, logits in _scored_tiles(scores, plan, seen):
         top, total = _max_and_sum(logits, tile)
         mean = None if seen is None else _mean_logit(logits, top, total, tile)
         value = total.log_().add_(top)  # (G, n)
@@ -233,9 +235,7 @@ def _merge_sum(
     scores: Scores, plan: Plan, seen: Observations | None
 ) -> tuple[Tensor, Tensor | None]:
     total = scores.hidden.new_zeros((plan.n_tokens + 1,), dtype=scores.dtype)
-    for tile, logits in _scored_tiles(scores, plan):
-        if seen is not None:
-            _note_largest(logits, tile, seen)
+    for tile, logits in _scored_tiles(scores, plan, seen):
         total.index_add_(0, tile.tokens.reshape(-1), F.softplus(logits).sum(2).reshape(-1))
     return total, None
 
@@ -281,7 +281,7 @@ def _backward_tile(
     hidden, rows = _tile_inputs(scores, tile)
     logits = _capped_logits(scores, tile, hidden, rows)
     slope = None if scores.softcap is None else 1 - (logits / scores.softcap).square_()
-    share = _share(_drop(logits, tile), tile, plan, shift, winner)
+    share = _share(_weigh(_drop(logits, tile), tile), tile, plan, shift, winner)
     if slope is not None:
         share *= slope
     _add_tile_grads(scores, tile, share, grad[tile.tokens], (hidden, rows), into)

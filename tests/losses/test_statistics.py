@@ -107,3 +107,10 @@ def test_noting_does_not_change_the_loss_or_its_gradients(inputs):
         strict=True,
     ):
         assert torch.equal(left, right)
+
+
+def test_log_weights_break_no_ties():
+    # Capped so low that all logits are equal, whatever log-weights are added to some of them.
+    tensors = torch.ones(1, 1), torch.tensor([[2.0], [3.0], [1.0]]), torch.tensor([2])
+    options = {"n_negatives": 300, "logq": True, "logit_softcap": 0.01}
+    assert statistics_of("sampled_softmax", tensors, **options).is_top1.all()

@@ -43,6 +43,8 @@ def test_the_library_meets_recurring_shapes_alone():
     with patch.object(products.torch.ops.mkldnn, "_linear_pointwise", spy):
         for n in (1, 3, 63, 65, 200):
             for m in (1, 63, 100):
-                assert product(torch.ones(n, 2), torch.ones(m, 2)).shape == (n, m)
+                found = product(torch.ones(n, 2), torch.ones(m, 2))
+                assert found.shape == (n, m)
+                assert found.is_contiguous()
     assert all((recurring(n), recurring(m)) == (n, m) for n, m in shapes)
     assert len(shapes) == 15
