@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import native, stream_native, stream_torch
+from hf_rece.ops.gradients import Labels, Wanted, gradients_of
+from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import Plan
-from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
+from hf_rece.ops.rows import OutputRows
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 
@@ -204,7 +206,7 @@ class _Stream(torch.autograd.Function):
 
         def walk(tile_bytes: int) -> Any:
             plan = replace(how.plan, tile_bytes=tile_bytes)
-            own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
+            own = label_logits(scores, labels, plan.tile_bytes)
             return plan, own, *how.kernel.forward(scores, plan, observe=how.observe)
 
         # Autocast would run the tile's products in low precision.
@@ -224,34 +226,20 @@ class _Stream(torch.autograd.Function):
     def backward(
         ctx: Any, grad_own: Tensor, grad_merged: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
+        labels, hidden, bias, merged, winner, *_ = ctx.saved_tensors
         how: _How = ctx.how
         scores = how.scores(hidden, bias)
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
+        wanted = Wanted(wants_hidden, wants_bias, wants_rows)
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
+
+        def add(scores: Scores, plan: Plan, into: Gradients) -> None:
+            how.kernel.backward(scores, plan, merged, winner, padded, into)
 
         def walk(tile_bytes: int) -> Gradients:
             plan = replace(how.plan, tile_bytes=tile_bytes)
-            into = Gradients(
-                hidden=gradient_buffer(hidden) if wants_hidden else None,
-                rows=gradient_buffers(tensors, wants_rows),
-                bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-                if wants_bias
-                else None,
-            )
-            stream_torch.label_backward(scores, labels, grad_own, into, plan.tile_bytes)
-            how.kernel.backward(scores, plan, merged, winner, padded, into)
-            return into
+            return gradients_of(scores, plan, Labels(labels, grad_own), wanted, add)
 
         with torch.autocast(hidden.device.type, enabled=False):
-            into = with_smaller_tiles(how.plan.tile_bytes, walk)
-        rows_grads = [
-            None if buffer is None else buffer.to(tensor.dtype)
-            for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)
-        ]
-        return (
-            *(None,) * 2,
-            None if into.hidden is None else into.hidden.to(hidden.dtype),
-            None if into.bias is None else into.bias.to(bias.dtype),
-            *rows_grads,
-        )
+            found = with_smaller_tiles(how.plan.tile_bytes, walk)
+        return None, None, found.hidden, found.bias, *(found.rows or ())

@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_rece.ops import stream_torch
+from hf_rece.ops.gradients import Labels, Wanted, gradients_of
+from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
-from hf_rece.ops.rows import gradient_buffer, gradient_buffers
 from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.stream import Backend, Kernel, choose_kernel
 from hf_rece.ops.stream_torch import Gradients, Scores
@@ -159,7 +159,7 @@ class _ShardedStream(torch.autograd.Function):
         scores, plan, shards = how.scores(hidden, bias), how.plan, how.rows.shards
         is_own, local = how.own_labels(labels)
         with torch.autocast(hidden.device.type, enabled=False):
-            own = stream_torch.label_logits(scores, local, plan.tile_bytes)
+            own = label_logits(scores, local, plan.tile_bytes)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
@@ -174,38 +174,24 @@ class _ShardedStream(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_own: Tensor, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
-        labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
+        labels, hidden, bias, merged, winner, *_ = ctx.saved_tensors
         how: _How = ctx.how
         scores, shards = how.scores(hidden, bias), how.rows.shards
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
-        into = Gradients(
-            hidden=gradient_buffer(hidden) if wants_hidden else None,
-            rows=gradient_buffers(tensors, wants_rows),
-            bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-            if wants_bias
-            else None,
-        )
+        wanted = Wanted(wants_hidden, wants_bias, wants_rows)
         # Each process knows the gradients of its own tokens' losses.
         both = shards.sum(torch.stack([grad_own, grad_merged]))
         grad_own, grad_merged = torch.cat([both, both.new_zeros(2, 1)], dim=1).unbind(0)
         is_own, local = how.own_labels(labels)
-        of_labels = grad_own[:-1].masked_fill(~is_own, 0)
+        of_labels = Labels(local, grad_own[:-1].masked_fill(~is_own, 0))
+
+        def add(scores: Scores, plan: Plan, into: Gradients) -> None:
+            how.kernel.backward(scores, plan, merged, winner, grad_merged, into)
+
+        share = 1 / shards.world_size
         with torch.autocast(hidden.device.type, enabled=False):
-            stream_torch.label_backward(scores, local, of_labels, into, how.plan.tile_bytes)
-            how.kernel.backward(scores, how.plan, merged, winner, grad_merged, into)
-        rows_grads = into.rows or (None,) * len(tensors)
-        for buffer in (*rows_grads, into.bias):
-            if buffer is not None:
-                buffer /= shards.world_size
-        return (
-            *(None,) * 2,
-            None if into.hidden is None else into.hidden.to(hidden.dtype),
-            None if into.bias is None else into.bias.to(bias.dtype),
-            *(
-                None if buffer is None else buffer.to(tensor.dtype)
-                for tensor, buffer in zip(tensors, rows_grads, strict=True)
-            ),
-        )
+            found = gradients_of(scores, how.plan, of_labels, wanted, add, row_share=share)
+        return None, None, found.hidden, found.bias, *(found.rows or ())
 
 
 # ------------------------------------------------------------------------------------------- merge

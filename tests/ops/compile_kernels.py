@@ -29,6 +29,7 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
 }  # fmt: skip
+INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "cp.async")
 # Cores, and shared memory that a program may ask for.
 DEVICES = {
     80: (108, 163 * 1024),
@@ -164,7 +165,9 @@ def resources(compiled, capability):
     return {
         "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
         "spilt": int(re.search(r"(\d+) bytes spill stores", said).group(1)),
-        "instructions": [word for word in ("wgmma", "mma.sync", "cp.async") if word in code],
+        "instructions": [
+            word for word in ("tcgen05.mma", "wgmma", "mma.sync", "cp.async") if word in code
+        ],
     }
 
 
