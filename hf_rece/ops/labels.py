@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_rece.ops.products import operand_dtype
 from hf_rece.ops.stream_torch import Gradients, Scores, cap_logits
 
 
@@ -37,9 +38,9 @@ def label_backward(
             logits = cap_logits(_pair_scores(scores, piece, ids), scores.scale, scores.softcap)
             factor = factor * (1 - (logits / scores.softcap).square_())
         if into.hidden is not None:
-            into.hidden[piece] += scores.rows.rows(ids).to(scores.dtype) * factor.unsqueeze(1)
+            into.hidden[piece] += _operand(scores, scores.rows.rows(ids)) * factor.unsqueeze(1)
         if into.rows is not None:
-            hidden = scores.hidden[piece].to(scores.dtype)
+            hidden = _operand(scores, scores.hidden[piece])
             scores.rows.add_grad(into.rows, ids, hidden * factor.unsqueeze(1))
         if into.bias is not None:
             into.bias.index_add_(0, ids, factor)
@@ -56,6 +57,12 @@ def _label_pieces(
 
 
 def _pair_scores(scores: Scores, piece: slice | Tensor, ids: Tensor) -> Tensor:
-    hidden = scores.hidden[piece].to(scores.dtype)
-    logits: Tensor = torch.linalg.vecdot(hidden, scores.rows.rows(ids).to(scores.dtype))
+    hidden = _operand(scores, scores.hidden[piece])
+    logits: Tensor = torch.linalg.vecdot(hidden, _operand(scores, scores.rows.rows(ids)))
     return logits if scores.bias is None else logits + scores.bias[ids].to(scores.dtype)
+
+
+def _operand(scores: Scores, vectors: Tensor) -> Tensor:
+    """Return vectors as they are multiplied with those of other classes."""
+    dtype = operand_dtype(vectors.dtype, vectors.dtype, scores.autocast)
+    return vectors.to(dtype).to(scores.dtype)

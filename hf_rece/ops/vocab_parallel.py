@@ -11,17 +11,21 @@ table under DistributedDataParallel. It stays on its process, and so does its op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from hf_rece.ops import stream_torch
+from hf_rece.ops.fallback import or_by
 from hf_rece.ops.gradients import Labels, Wanted, gradients_of
 from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
+from hf_rece.ops.products import autocast_dtype, without_autocast
 from hf_rece.ops.shards import ShardedRows, VocabShards
-from hf_rece.ops.stream import Backend, Kernel, choose_kernel
+from hf_rece.ops.stream import Backend, Kernel, Result, choose_kernel
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 # ------------------------------------------------------------------------------------- local plans
@@ -121,7 +125,9 @@ def sharded_stream(
         merged: (N,) likewise.
     """
     kernel = choose_kernel(backend, hidden, rows.local)
-    how = _How(kernel, local_plan(plan, rows.shards), rows, logit_scale, logit_softcap)
+    local = local_plan(plan, rows.shards)
+    autocast = autocast_dtype(hidden.device)
+    how = _How(kernel, backend == "auto", local, rows, logit_scale, logit_softcap, autocast)
     label_logits, merged = _ShardedStream.apply(how, labels, hidden, bias, *rows.tensors())
     return label_logits, merged
 
@@ -131,13 +137,21 @@ class _How:
     """What is no tensor; the plan is local."""
 
     kernel: Kernel
+    may_differ: bool
     plan: Plan
     rows: ShardedRows
     scale: float
     softcap: float | None
+    autocast: torch.dtype | None
 
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
-        return Scores(hidden, self.rows.local, bias, self.scale, self.softcap)
+        return Scores(hidden, self.rows.local, bias, self.scale, self.softcap, self.autocast)
+
+    def walk(self, work: Callable[[Kernel], Result]) -> Result:
+        """Return work(kernel), which sends no messages, or by torch where that fails."""
+        if not self.may_differ:
+            return work(self.kernel)
+        return or_by(cast(Kernel, stream_torch), self.kernel, work)
 
     def own_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return which labels (N,) are of this process, and their rows; row 0 for the others."""
@@ -158,14 +172,14 @@ class _ShardedStream(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scores, plan, shards = how.scores(hidden, bias), how.plan, how.rows.shards
         is_own, local = how.own_labels(labels)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             own = label_logits(scores, local, plan.tile_bytes)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
                 merged, winner = _merge_maximum(how, scores)
             else:
-                local_merged, _, _ = how.kernel.forward(scores, plan)
+                local_merged, _, _ = how.walk(lambda kernel: kernel.forward(scores, plan))
                 merged = _MERGES[plan.merge](local_merged, shards)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.how = how
@@ -185,12 +199,16 @@ class _ShardedStream(torch.autograd.Function):
         is_own, local = how.own_labels(labels)
         of_labels = Labels(local, grad_own[:-1].masked_fill(~is_own, 0))
 
-        def add(scores: Scores, plan: Plan, into: Gradients) -> None:
-            how.kernel.backward(scores, plan, merged, winner, grad_merged, into)
-
         share = 1 / shards.world_size
-        with torch.autocast(hidden.device.type, enabled=False):
-            found = gradients_of(scores, how.plan, of_labels, wanted, add, row_share=share)
+
+        def walk(kernel: Kernel) -> Gradients:
+            def add(scores: Scores, plan: Plan, into: Gradients) -> None:
+                kernel.backward(scores, plan, merged, winner, grad_merged, into)
+
+            return gradients_of(scores, how.plan, of_labels, wanted, add, row_share=share)
+
+        with without_autocast(hidden.device):
+            found = how.walk(walk)
         return None, None, found.hidden, found.bias, *(found.rows or ())
 
 
@@ -256,5 +274,6 @@ def _group_values(how: _How, scores: Scores, grid: Grid) -> Tensor:
     states = scores.hidden.index_select(0, members.clamp(max=len(scores.hidden) - 1))
     apart = replace(grid, tokens=places.view(grid.tokens.shape), own_labels=own)
     plan = replace(how.plan, grids=(apart,), merge="logaddexp", n_tokens=len(members))
-    merged, _, _ = how.kernel.forward(replace(scores, hidden=states), plan)
+    of_states = replace(scores, hidden=states)
+    merged, _, _ = how.walk(lambda kernel: kernel.forward(of_states, plan))
     return merged[:-1]

@@ -109,13 +109,13 @@ def plans(n_tokens, n_classes):
     }
 
 
-def launches_of(name, dtype, width, n_tokens=256, n_classes=512):
+def launches_of(name, dtype, width, autocast=None, n_tokens=256, n_classes=512):
     """Return the launches of a forward and a backward; with every option but for "exhaustive"."""
     plan = plans(n_tokens, n_classes)[name]
     full = name != "exhaustive"
     hidden, weight = (torch.zeros(n, width, dtype=dtype) for n in (n_tokens, n_classes))
     bias = torch.zeros(n_classes) if full else None
-    scores = Scores(hidden, DenseRows(weight), bias, 1.0, 30.0 if full else None)
+    scores = Scores(hidden, DenseRows(weight), bias, 1.0, 30.0 if full else None, autocast)
     into = Gradients(
         torch.zeros(n_tokens, width),
         (torch.zeros(n_classes, width),),
@@ -137,7 +137,9 @@ def main():
         name, dtype, width, *options = case.split(":")
         torch.use_deterministic_algorithms("deterministic" in options)
         torch.set_float32_matmul_precision("high" if "tf32" in options else "highest")
-        for kernel, args, constants in launches_of(name, getattr(torch, dtype), int(width)):
+        autocast = torch.bfloat16 if "autocast" in options else None
+        launches = launches_of(name, getattr(torch, dtype), int(width), autocast)
+        for kernel, args, constants in launches:
             compiled = compile_launch(kernel, args, dict(constants), capability)
             print(json.dumps({
                 "case": case,

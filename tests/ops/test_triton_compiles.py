@@ -61,4 +61,5 @@ def test_every_plan_width_and_dtype(plan, capability):
     half = [f"{plan}:bfloat16:{width}" for width in (1, 64, 100, 256, 2048, 5120)]
     single = [f"{plan}:float32:{width}{how}" for width in (64, 128, 1024) for how in ("", ":tf32")]
     more = [f"{plan}:float16:100", f"{plan}:bfloat16:2048:deterministic"]
-    check(compiled(capability, *half, *single, *more))
+    mixed = [f"{plan}:float32:{width}:autocast" for width in (64, 128, 256, 2048)]
+    check(compiled(capability, *half, *single, *more, *mixed))
