@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from hf_rece.embeddings.codes import Quantiser, codes_from_log
 from hf_rece.embeddings.compositional import CompositionalEmbedding, Operation
 from hf_rece.embeddings.lma import LMAEmbedding, resolve_cells
 from hf_rece.embeddings.min_hash import min_hash_signatures, split_batches
 from hf_rece.errors import ArgumentError
+from hf_rece.ops.messages import take_from_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +190,6 @@ def learn_item_table(
 
 def _of_first_process(codes: Tensor) -> Tensor:
     """Return the codes of rank 0: an SVD need not round alike on every machine."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        own = [codes.numpy().tobytes()]
-        torch.distributed.broadcast_object_list(own)
-        flat = torch.frombuffer(bytearray(own[0]), dtype=codes.dtype)
-        return flat.view(codes.shape)
+    if distributed.is_available() and distributed.is_initialized():
+        return take_from_first(codes.contiguous(), None)
     return codes

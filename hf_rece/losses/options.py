@@ -17,7 +17,8 @@ from hf_rece.losses.estimates import Shape
 from hf_rece.losses.option_checks import check_options
 from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
-from hf_rece.ops.shards import ShardedRows, SharedTokens, same_draws
+from hf_rece.ops.same_draws import same_draws
+from hf_rece.ops.shards import ShardedRows, SharedTokens
 from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
 from hf_rece.ops.touched import touched_rows
 from hf_rece.ops.vocab_parallel import sharded_stream
@@ -272,9 +273,12 @@ def prepare(
             holds NaN.
     """
     rows = as_output_rows(weight)
-    if isinstance(rows, ShardedRows):
-        _refuse_sharded(options)
-    check_shapes(hidden, rows, labels, options.bias)
+    try:
+        excluded, tile_bytes = _checked(hidden, rows, labels, options)
+    except ArgumentError as error:
+        if isinstance(rows, ShardedRows):  # the others wait for this process's tokens
+            rows.shards.share_tokens(0, 0, 0, device=hidden.device, error=error)
+        raise
     flat_labels = labels.reshape(-1).long()
     states = hidden.reshape(-1, hidden.shape[-1])
     labelled = flat_labels != options.ignore_index
@@ -291,7 +295,6 @@ def prepare(
             device=hidden.device,
         )
         states, flat_labels = shared.gather(states), shared.gather(flat_labels)
-    excluded = checked_ids(options.excluded_ids, rows.n_rows, hidden.device)
     check_values(states, flat_labels, rows.n_rows, excluded, options.ignore_index)
     return Problem(
         hidden=states,
@@ -301,17 +304,23 @@ def prepare(
         shape=labels.shape,
         shared=shared,
         excluded_ids=excluded,
-        tile_bytes=resolve_tile_bytes(options.tile_bytes, hidden.device),
+        tile_bytes=tile_bytes,
         options=options,
     )
 
 
-def _refuse_sharded(options: Options) -> None:
-    for name in ("statistics", "sparse_grad"):
+def _checked(
+    hidden: Tensor, rows: OutputRows, labels: Tensor, options: Options
+) -> tuple[Tensor | None, int]:
+    """Return excluded ids and the bytes of a tile, after checking all that one process can."""
+    for name in ("statistics", "sparse_grad") if isinstance(rows, ShardedRows) else ():
         if getattr(options, name):
             raise ArgumentError(
                 name, True, "not known of rows that are cut over processes", "Leave it out"
             )
+    check_shapes(hidden, rows, labels, options.bias)
+    excluded = checked_ids(options.excluded_ids, rows.n_rows, hidden.device)
+    return excluded, resolve_tile_bytes(options.tile_bytes, hidden.device)
 
 
 def check_sparse_grad(loss_type: str, options: Options) -> None:

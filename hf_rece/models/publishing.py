@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
-from torch import distributed
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -80,7 +79,7 @@ class PublishedRecommender(ShardedCheckpoints):
             WriteError: if the disk is full or the folder cannot be written.
         """
         if self.vocab_shards is not None:
-            kwargs["is_main_process"] = self.vocab_shards.rank == 0
+            kwargs["is_main_process"] = self.vocab_shards.is_main
         pushes = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if pushes and name in kwargs}
         together = kwargs.get("distributed_checkpoint", False)
@@ -91,8 +90,8 @@ class PublishedRecommender(ShardedCheckpoints):
             folder = make_folder(save_directory)
             with complete_files(folder, CONFIG_NAME, replaced=stale) as part:
                 self._save_without_card(part, **kwargs)
-        if self.vocab_shards is not None and self.vocab_shards.world_size > 1:
-            distributed.barrier(self.vocab_shards.group)  # all may read the files now
+        if self.vocab_shards is not None:
+            self.vocab_shards.wait_for_all()  # and may read the files now
         if kwargs.get("is_main_process", True):
             self.write_model_card(save_directory)
             if pushes:
@@ -152,7 +151,7 @@ class PublishedRecommender(ShardedCheckpoints):
         Raises:
             HubError: if the Hub refuses; then nothing is published.
         """
-        if self.vocab_shards is not None and self.vocab_shards.rank:
+        if self.vocab_shards is not None and not self.vocab_shards.is_main:
             self._save_without_card("", is_main_process=False)  # sends its rows
             return None
         api = HfApi(library_name="hf_rece", library_version=__version__, token=token)
@@ -184,7 +183,8 @@ class PublishedRecommender(ShardedCheckpoints):
             pretrained_model_name_or_path: folder or Hub id.
             *args: as PreTrainedModel's.
             **kwargs: as PreTrainedModel's: dtype, device_map, revision, token and others. With
-                vocab_parallel=True each process reads the rows of its classes alone.
+                vocab_parallel=True, or vocab_parallel_size, each process reads the rows of its
+                classes alone; see cut_vocabulary.
 
         Raises:
             ArgumentError: if there is no such repository or revision, if it holds another model, or
@@ -203,8 +203,10 @@ class PublishedRecommender(ShardedCheckpoints):
                 check_is_recommender(source, cls.config_class.model_type, hub)
                 check_config(source, cls.config_class, hub)
             wants_info = kwargs.pop("output_loading_info", False)
-            if kwargs.pop("vocab_parallel", False):
-                found: Any = cls._cut(source, kwargs, hub), {}
+            names: tuple[str, ...] = ("vocab_parallel", "vocab_parallel_size")
+            cut = {name: kwargs.pop(name) for name in names if name in kwargs}
+            if any(cut.values()):
+                found: Any = cls._cut(source, kwargs, hub, cut), {}
             else:
                 found = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
             loaded, info = found
@@ -219,7 +221,9 @@ class PublishedRecommender(ShardedCheckpoints):
         return found if wants_info else model
 
     @classmethod
-    def _cut(cls, source: str, given: Mapping[str, Any], hub: Mapping[str, Any]) -> Any:
+    def _cut(
+        cls, source: str, given: Mapping[str, Any], hub: Mapping[str, Any], cut: Mapping[str, Any]
+    ) -> Any:
         """Load a model whose vocabulary is cut over processes, or a whole one where there is one.
 
         Raises:
@@ -231,7 +235,7 @@ class PublishedRecommender(ShardedCheckpoints):
                 "vocab_parallel", True, f"does not go with {', '.join(unknown)}", "Leave them out"
             )
         config = given.get("config") or cls.config_class.from_pretrained(source, **hub)
-        model = cls(config, vocab_parallel=True)
+        model = cls(config, **cut)
         if model.vocab_shards is None:
             return super().from_pretrained(source, **given)
         dtype = given.get("dtype") or config.dtype

@@ -13,7 +13,9 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.gathered import call_gathered
 from hf_rece.embeddings.item_table import learn_item_table
+from hf_rece.embeddings.sharded import ShardedLayer
 from hf_rece.embeddings.table_head import TableHead
 from hf_rece.losses import build_loss, cross_entropy_loss
 from hf_rece.models.backbone import make_backbone, name_of_embeddings
@@ -21,13 +23,13 @@ from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
 from hf_rece.models.recommendation import RecommenderOutput
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.recommending import Recommending
+from hf_rece.models.settings import clear_settings_errors
 from hf_rece.models.vocab_parallel import (
-    SHARDED,
     initialise_sharded,
     keep_own_rows,
     rank_of_own,
     sharded_layers,
-    shards_of_all_processes,
+    shards_of_processes,
 )
 from hf_rece.ops.shards import ShardedRows
 from hf_rece.ops.topk import label_rank, streamed_topk
@@ -40,6 +42,13 @@ class RecommenderModel(Recommending):
     """Next-item recommender: a decoder whose tokens are items, trained without logits.
 
     Labels are aligned: labels[t] is the item after input_ids[t]; nothing is shifted.
+
+    Args:
+        config: RecommenderConfig.
+        vocab_parallel: cut the vocabulary over processes, see cut_vocabulary; each makes its own
+            rows alone.
+        vocab_parallel_size: processes that hold the vocabulary together, which implies
+            vocab_parallel; None for all.
 
     Example:
         >>> config = RecommenderConfig(vocab_size=50, loss_type="rece")
@@ -57,11 +66,18 @@ class RecommenderModel(Recommending):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
 
-    def __init__(self, config: RecommenderConfig, *, vocab_parallel: bool = False) -> None:
-        super().__init__(config)
-        self.vocab_shards = shards_of_all_processes(config) if vocab_parallel else None
+    def __init__(
+        self,
+        config: RecommenderConfig,
+        *,
+        vocab_parallel: bool = False,
+        vocab_parallel_size: int | None = None,
+    ) -> None:
+        with clear_settings_errors("config", config.model_type):
+            super().__init__(config)
+        if vocab_parallel or vocab_parallel_size is not None:
+            self.vocab_shards = shards_of_processes(config, vocab_parallel_size)
         tables: Any = item_tables(config)
         if self.vocab_shards is not None:
             tables = sharded_layers(config, self.vocab_shards)
@@ -80,20 +96,28 @@ class RecommenderModel(Recommending):
             if config.tie_word_embeddings:
                 self._keys_to_ignore_on_save = {"item_head.weight"}
         self.tokenizer: ItemTokenizer | None = None
+        self._reduced_elsewhere: list[str] = []
         self.post_init()
 
     @torch.no_grad()
-    def cut_vocabulary(self) -> None:
-        """Cut a whole vocabulary over all processes, in place: each keeps its own rows. Collective.
+    def cut_vocabulary(self, vocab_parallel_size: int | None = None) -> None:
+        """Cut a whole vocabulary over processes, in place: each keeps its own rows. Collective.
 
         The same model in all processes. RecommenderModel(config, vocab_parallel=True) never makes
         the whole. Does nothing where the vocabulary is cut already, or there is one process.
 
+        Args:
+            vocab_parallel_size: processes that hold the vocabulary together, neighbours by rank,
+                such as those of one machine: tokens travel among them alone, and gradients are
+                averaged over all such groups. None for all processes.
+
         Raises:
             ArgumentError: for a compressed table, row-sparse gradients, an output layer with an
-                adapter, or fewer rows than processes.
+                adapter, fewer rows than processes, or a size that does not divide their number.
         """
-        shards = None if self.vocab_shards else shards_of_all_processes(self.config)
+        if self.vocab_shards is not None:
+            return
+        shards = shards_of_processes(self.config, vocab_parallel_size)
         if shards is None:
             return
         table, head = self.get_input_embeddings(), self.item_head
@@ -105,7 +129,7 @@ class RecommenderModel(Recommending):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config.backbone, "initializer_range", 0.02)
-        if isinstance(module, SHARDED):
+        if isinstance(module, ShardedLayer):
             initialise_sharded(module, std, tied=self.config.tie_word_embeddings)
         elif isinstance(module, COMPRESSED):
             initialise_table(module, std)
@@ -120,7 +144,7 @@ class RecommenderModel(Recommending):
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint has filled; the backbone does not know its new table."""
         super().initialize_weights()
-        if isinstance(self.get_input_embeddings(), (*COMPRESSED, *SHARDED)):
+        if isinstance(self.get_input_embeddings(), (*COMPRESSED, ShardedLayer)):
             self._init_weights(self.get_input_embeddings())
 
     @property
@@ -129,7 +153,12 @@ class RecommenderModel(Recommending):
         return [
             *(name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))),
             *self.names_of_own_rows(),
+            *self._reduced_elsewhere,
         ]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self._reduced_elsewhere = names
 
     def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
         """Give new compressed tables the codes or signatures of a training log, before training.
@@ -219,27 +248,32 @@ class RecommenderModel(Recommending):
         self, states: Tensor, targets: Tensor, seen: Tensor | None, rank_k: int | None
     ) -> RecommenderOutput:
         """Return the exact losses of targets (N,) and, with rank_k, their ranks."""
-        terms, excluded = as_rows(self.item_head, states), self._excluded()
+        excluded = self._excluded()
         shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
-        losses = cross_entropy_loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            excluded_ids=excluded,
-            reduction="none",
-            **shaping,
-        )
-        output = RecommenderOutput(losses=losses)
-        if rank_k is not None and isinstance(terms.rows, ShardedRows):
-            output.greater, output.tied, output.topk_ids = rank_of_own(
-                terms, targets, rank_k, excluded, seen
+
+        def compute(states: Tensor) -> tuple[Tensor, ...]:
+            terms = as_rows(self.item_head, states)
+            losses = cross_entropy_loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                excluded_ids=excluded,
+                reduction="none",
+                **shaping,
             )
-        elif rank_k is not None:
+            if rank_k is None:
+                return (losses,)
+            if isinstance(terms.rows, ShardedRows):
+                return losses, *rank_of_own(terms, targets, rank_k, excluded, seen)
             search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
-            output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
-            output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
-        return output
+            greater, tied = label_rank(terms.hidden, terms.rows, targets, **search)
+            best = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
+            return losses, greater, tied, best
+
+        losses, *ranks = call_gathered(self.item_head, compute, states)
+        greater, tied, best = ranks or (None, None, None)
+        return RecommenderOutput(losses=losses, greater=greater, tied=tied, topk_ids=best)
 
     def _prepare_table(self) -> None:
         table = self.get_input_embeddings()
@@ -270,14 +304,18 @@ class RecommenderModel(Recommending):
         loss = build_loss(self.config.loss_type, **knobs, excluded_ids=excluded)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
-        terms = as_rows(self.item_head, states)
-        return loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            num_items_in_batch=num_items_in_batch,
-        )
+
+        def compute(states: Tensor) -> Tensor:
+            terms = as_rows(self.item_head, states)
+            return loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                num_items_in_batch=num_items_in_batch,
+            )
+
+        return call_gathered(self.item_head, compute, states)
 
     def _excluded(self) -> Tensor | None:
         """Return padding, which is never recommended."""

@@ -13,13 +13,15 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from hf_rece.embeddings.sharded import ShardedEmbedding, ShardedLinear
+from hf_rece.embeddings.sharded import ShardedLayer
 from hf_rece.errors import DataError
+from hf_rece.files import complete_file
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints
+from hf_rece.ops import messages
 from hf_rece.ops.shards import VocabShards
 
 # Rows that the first process holds of another's, and writes, at once.
@@ -40,8 +42,9 @@ def write_consolidated(
 ) -> None:
     """Write a safetensors file in which every tensor is whole. Collective; the first one writes.
 
-    No process holds more of a sharded tensor than its own rows and a piece of another's. The file
-    is there at once, or not at all.
+    Of several groups that hold all rows each, the first one sends them. No process holds more of a
+    sharded tensor than its own rows and a piece of another's. The file is there at once, or not at
+    all.
 
     Args:
         path: of the file.
@@ -50,29 +53,29 @@ def write_consolidated(
         shards: how the rows are cut.
         metadata: of the file.
 
+    Raises:
+        WriteError: in the process that writes, if the disk is full.
+
     Reference:
         The format of safetensors: the length of the header, the header as JSON, the tensors.
     """
     # Aligned: the widest numbers first. Sharded tensors are sent in the order of the file.
     tensors = dict(sorted({**whole, **sharded}.items(), key=lambda item: -item[1].element_size()))
-    if shards.rank:
-        for name in [name for name in tensors if name in sharded]:
+    if not shards.is_main:
+        for name in [name for name in tensors if name in sharded and not shards.data_rank]:
             for piece in _pieces(sharded[name]):
-                distributed.send(piece, group_dst=0, group=shards.group)
+                messages.send(piece, 0, shards.group)
     else:
-        part = Path(f"{path}.part")
-        with part.open("wb") as file:
+        with complete_file(path) as file:
             _write_header(file, tensors, sharded, shards, metadata)
             for name, tensor in tensors.items():
                 for piece in _pieces(tensor) if tensor.dim() else (tensor.detach(),):
                     _write(file, piece)
                 for rank in range(1, shards.world_size) if name in sharded else ():
                     for piece in _pieces(tensor, shards.sizes[rank]):
-                        distributed.recv(piece, group_src=rank, group=shards.group)
+                        messages.receive(piece, rank, shards.group)
                         _write(file, piece)
-        os.replace(part, path)
-    if shards.world_size > 1:
-        distributed.barrier(shards.group)  # all may read the file now
+    shards.wait_for_all()  # all may read the file now
 
 
 def _write_header(
@@ -189,7 +192,7 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     ids = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, (ShardedEmbedding, ShardedLinear))
+        if isinstance(module, ShardedLayer)
         for parameter in module.parameters()
     }
     return {name: p for name, p in model.named_parameters() if id(p) in ids}
@@ -212,7 +215,7 @@ class ShardedCheckpoints(SparseCheckpoints):
             super().save_pretrained(save_directory, **kwargs)
             return
         path, sharded = Path(save_directory) / SAFE_WEIGHTS_NAME, sharded_parameters(self)
-        if shards.rank:
+        if not shards.is_main:
             write_consolidated(path, {}, sharded, shards)
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,26 +10,39 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from hf_rece.embeddings.output_terms import OutputTerms
-from hf_rece.embeddings.sharded import ShardedEmbedding, ShardedLinear, draw_rows
+from hf_rece.embeddings.sharded import (
+    ShardedEmbedding,
+    ShardedLayer,
+    ShardedLinear,
+    draw_rows,
+)
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.ops.shards import ShardedRows, VocabShards, shard_classes
 from hf_rece.ops.topk import label_rank, streamed_topk
+from hf_rece.ops.vocab_mesh import vocab_mesh
 
-SHARDED = (ShardedEmbedding, ShardedLinear)
 
+def shards_of_processes(
+    config: RecommenderConfig, vocab_parallel_size: int | None = None
+) -> VocabShards | None:
+    """Return how the vocabulary is cut over processes; None where one holds all of it.
 
-def shards_of_all_processes(config: RecommenderConfig) -> VocabShards | None:
-    """Return how the vocabulary is cut over all processes; None where there is only one.
+    Collective: makes process groups of its own, whose messages no other's can delay.
 
-    Collective: makes a process group of its own, whose messages no other's can delay.
+    Args:
+        config: of the model.
+        vocab_parallel_size: processes that hold the vocabulary together, neighbours by rank; None
+            for all. Any number, where there is one process.
 
     Raises:
-        ArgumentError: for a compressed table, row-sparse gradients, or fewer rows than processes.
+        ArgumentError: for a compressed table, row-sparse gradients, fewer rows than processes, or a
+            size that does not divide the number of processes.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return None
-    if distributed.get_world_size() == 1:
+    n_processes = distributed.get_world_size()
+    if 1 in (n_processes, vocab_parallel_size):
         return None
     if (config.item_embedding or {}).get("type", "dense") != "dense":
         raise ArgumentError(
@@ -39,7 +52,9 @@ def shards_of_all_processes(config: RecommenderConfig) -> VocabShards | None:
         raise ArgumentError(
             "sparse_grad", True, "rows that are cut have dense gradients", "Leave it out"
         )
-    return shard_classes(config.vocab_size, distributed.new_group())
+    if vocab_parallel_size in (None, n_processes):
+        return shard_classes(config.vocab_size, distributed.new_group())
+    return shard_classes(config.vocab_size, vocab_mesh(vocab_parallel_size))
 
 
 def sharded_layers(
@@ -50,7 +65,7 @@ def sharded_layers(
     return ShardedEmbedding(shards, config.hidden_size), head
 
 
-def initialise_sharded(layer: nn.Module, std: float, *, tied: bool) -> None:
+def initialise_sharded(layer: ShardedLayer, std: float, *, tied: bool) -> None:
     """Draw the rows of a new sharded layer. Collective.
 
     Args:
@@ -59,8 +74,7 @@ def initialise_sharded(layer: nn.Module, std: float, *, tied: bool) -> None:
         tied: the output layer's rows are the input table's.
     """
     if isinstance(layer, ShardedEmbedding) or not tied:
-        weight: Any = layer.weight
-        draw_rows(weight, layer.shards, std)  # type: ignore[arg-type]
+        draw_rows(layer.weight, layer.shards, std)
 
 
 def keep_own_rows(
@@ -125,7 +139,7 @@ def rank_of_own(
 
 
 def check_same_question(shards: VocabShards | None, device: torch.device, **question: Any) -> None:
-    """Raise ArgumentError in all processes unless all ask the same. Collective.
+    """Raise ArgumentError in all processes of a group unless all ask the same. Collective.
 
     Args:
         shards: how the vocabulary is cut; None for not.

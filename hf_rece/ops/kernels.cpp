@@ -12,10 +12,13 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -387,21 +390,42 @@ inline void keep_largest(float best, float sum, int64_t group, float& top, int32
   }
 }
 
+// No exception may leave a parallel region, or C: it would end the process. The first one, which can
+// only be about memory, lets the others do no more work, and is told to Python as a status.
+struct Attempt {
+  std::atomic<bool> failed{false};
+
+  template <typename Work>
+  void operator()(Work work) {
+    if (failed) return;
+    try {
+      work();
+    } catch (const std::exception&) {
+      failed = true;
+    }
+  }
+};
+
 // Runs work(block, task) for all tasks, and after each turn merge(block, owner).
 template <typename Work, typename Merge>
-void in_turns(const Problem& p, const std::vector<Task>& tasks, Work work, Merge merge) {
+void in_turns(const Problem& p, const std::vector<Task>& tasks, Attempt& attempt, Work work,
+              Merge merge) {
   const int64_t n_threads = std::min<int64_t>(p.n_threads, std::max<size_t>(tasks.size(), 1));
   std::vector<Block*> blocks(n_threads);
 #pragma omp parallel num_threads(n_threads)
   {
     const Owner mine;
-    Block own(p);
-    blocks[mine.me] = &own;
+    std::optional<Block> own;
+    attempt([&] { blocks[mine.me] = &own.emplace(p); });
 #pragma omp barrier
     for (size_t turn = 0; turn < tasks.size(); turn += mine.team) {
-      if (turn + mine.me < tasks.size()) work(own, tasks[turn + mine.me]);
+      attempt([&] {
+        if (turn + mine.me < tasks.size()) work(*own, tasks[turn + mine.me]);
+      });
 #pragma omp barrier
-      for (size_t t = 0; t < mine.team && turn + t < tasks.size(); ++t) merge(*blocks[t], mine);
+      attempt([&] {
+        for (size_t t = 0; t < mine.team && turn + t < tasks.size(); ++t) merge(*blocks[t], mine);
+      });
 #pragma omp barrier
     }
   }
@@ -416,14 +440,7 @@ std::vector<Task> cut(const Problem& p, int64_t classes_a_task) {
   return tasks;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Fold a grid into each token's (top, total), for sums of exponentials (winner null); else into
-// top, the largest log-sum-exp of a group, and winner, the number of that group.
-void stream_forward(const Problem* problem, float* top, float* total, int32_t* winner) {
-  const Problem& p = *problem;
+void forward(const Problem& p, Attempt& attempt, float* top, float* total, int32_t* winner) {
   const int64_t blocks = p.n_groups * pieces(p.n, kTokens);
   // Groups are compared by their whole log-sum-exp; sums may be split to keep all threads busy.
   const int64_t splits = winner ? 1 : std::max<int64_t>(1, kTasks / std::max<int64_t>(blocks, 1));
@@ -434,25 +451,28 @@ void stream_forward(const Problem* problem, float* top, float* total, int32_t* w
   std::vector<float> best(first.back()), sums(first.back());
 #pragma omp parallel num_threads(p.n_threads)
   {
-    Block b(p);
+    std::optional<Block> own;
+    attempt([&] { own.emplace(p); });
 #pragma omp for schedule(dynamic)
-    for (size_t task = 0; task < tasks.size(); ++task) {
-      const Task& t = tasks[task];
-      b.take_tokens(t, nullptr);
-      std::fill(b.top.begin(), b.top.end(), kLowest);
-      std::fill(b.total.begin(), b.total.end(), 0.0f);
-      for (int64_t c = t.class_start; b.n && c < t.class_stop; c += kClasses) {
-        b.take_classes(c, std::min(c + kClasses, t.class_stop));
-        b.score(t, c);
-        b.fold();
-      }
-      for (int64_t i = 0; i < b.n; ++i) {
-        const int64_t at = first[task] + b.place[i] - t.token_start;
-        best[at] = b.top[i] + b.log_weight[i], sums[at] = b.total[i];
-      }
-    }
-    const Owner mine;
     for (size_t task = 0; task < tasks.size(); ++task)
+      attempt([&] {
+        Block& b = *own;
+        const Task& t = tasks[task];
+        b.take_tokens(t, nullptr);
+        std::fill(b.top.begin(), b.top.end(), kLowest);
+        std::fill(b.total.begin(), b.total.end(), 0.0f);
+        for (int64_t c = t.class_start; b.n && c < t.class_stop; c += kClasses) {
+          b.take_classes(c, std::min(c + kClasses, t.class_stop));
+          b.score(t, c);
+          b.fold();
+        }
+        for (int64_t i = 0; i < b.n; ++i) {
+          const int64_t at = first[task] + b.place[i] - t.token_start;
+          best[at] = b.top[i] + b.log_weight[i], sums[at] = b.total[i];
+        }
+      });
+    const Owner mine;
+    for (size_t task = 0; task < tasks.size() && !attempt.failed; ++task)
       for (int64_t at = first[task]; at < first[task + 1]; ++at) {
         const Task& t = tasks[task];
         const int64_t id = p.tokens[t.group * p.n + t.token_start + at - first[task]];
@@ -463,14 +483,10 @@ void stream_forward(const Problem* problem, float* top, float* total, int32_t* w
   }
 }
 
-// Add the gradients of a grid. shift (N,) is the merged value; factor (N,) its gradient times the
-// scale; gradients (N, D), (C, D), (C,) or null.
-void stream_backward(const Problem* problem, const float* shift, const float* factor,
-                     const int32_t* winner, float* grad_hidden, float* grad_rows,
-                     float* grad_bias) {
-  const Problem& p = *problem;
+void backward(const Problem& p, Attempt& attempt, const float* shift, const float* factor,
+              const int32_t* winner, float* grad_hidden, float* grad_rows, float* grad_bias) {
   in_turns(
-      p, cut(p, kTaskClasses),
+      p, cut(p, kTaskClasses), attempt,
       [&](Block& b, const Task& t) {
         b.take_tokens(t, winner);
         if (!b.n) return;
@@ -502,86 +518,124 @@ void stream_backward(const Problem* problem, const float* shift, const float* fa
       });
 }
 
+}  // namespace
+
+extern "C" {
+
+// All functions return 0, or 1 where there was not enough memory: what they wrote is of no use then.
+
+// Fold a grid into each token's (top, total), for sums of exponentials (winner null); else into
+// top, the largest log-sum-exp of a group, and winner, the number of that group.
+int32_t stream_forward(const Problem* problem, float* top, float* total, int32_t* winner) {
+  Attempt attempt;
+  attempt([&] { forward(*problem, attempt, top, total, winner); });
+  return attempt.failed;
+}
+
+// Add the gradients of a grid. shift (N,) is the merged value; factor (N,) its gradient times the
+// scale; gradients (N, D), (C, D), (C,) or null.
+int32_t stream_backward(const Problem* problem, const float* shift, const float* factor,
+                        const int32_t* winner, float* grad_hidden, float* grad_rows,
+                        float* grad_bias) {
+  Attempt attempt;
+  attempt([&] {
+    backward(*problem, attempt, shift, factor, winner, grad_hidden, grad_rows, grad_bias);
+  });
+  return attempt.failed;
+}
+
 // found (K,): the first of the directions (B, D) with the largest inner product with each row (K, D).
-void nearest(const float* rows, int64_t n_rows, int64_t width, const float* directions,
-             int64_t n_directions, int32_t* found, int64_t n_threads) {
-  const int64_t lanes = round_up(n_directions, kLanes);
-  const std::vector<float> turned = turn(directions, n_directions, width, lanes);
-  const int64_t step = 8 * kRows;
+int32_t nearest(const float* rows, int64_t n_rows, int64_t width, const float* directions,
+                int64_t n_directions, int32_t* found, int64_t n_threads) {
+  Attempt attempt;
+  attempt([&] {
+    const int64_t lanes = round_up(n_directions, kLanes);
+    const std::vector<float> turned = turn(directions, n_directions, width, lanes);
+    const int64_t step = 8 * kRows;
 #pragma omp parallel num_threads(n_threads)
-  {
-    std::vector<float> scores(step * lanes);
+    {
+      std::vector<float> scores;
+      attempt([&] { scores.resize(step * lanes); });
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < n_rows; start += step) {
-      const int64_t n = std::min(step, n_rows - start);
-      product(n, lanes, width, rows + start * width, width, 1, turned.data(), lanes, scores.data(),
-              lanes, false);
-      for (int64_t i = 0; i < n; ++i) {
-        const float* line = &scores[i * lanes];
-        Vec best = load(line);
-        Ints at{};
-        for (int64_t b = kLanes; b < lanes; b += kLanes) {
-          const Vec z = load(line + b);
-          at = z > best ? all((int32_t)b) : at;
-          best = z > best ? z : best;
-        }
-        int32_t first = at[0];
-        float largest = best[0];
-        for (int lane = 1; lane < kLanes; ++lane)
-          if (best[lane] > largest || (best[lane] == largest && at[lane] + lane < first)) {
-            largest = best[lane];
-            first = at[lane] + lane;
+      for (int64_t start = 0; start < n_rows; start += step) {
+        if (attempt.failed) continue;
+        const int64_t n = std::min(step, n_rows - start);
+        product(n, lanes, width, rows + start * width, width, 1, turned.data(), lanes,
+                scores.data(), lanes, false);
+        for (int64_t i = 0; i < n; ++i) {
+          const float* line = &scores[i * lanes];
+          Vec best = load(line);
+          Ints at{};
+          for (int64_t b = kLanes; b < lanes; b += kLanes) {
+            const Vec z = load(line + b);
+            at = z > best ? all((int32_t)b) : at;
+            best = z > best ? z : best;
           }
-        found[start + i] = first % n_directions;
+          int32_t first = at[0];
+          float largest = best[0];
+          for (int lane = 1; lane < kLanes; ++lane)
+            if (best[lane] > largest || (best[lane] == largest && at[lane] + lane < first)) {
+              largest = best[lane];
+              first = at[lane] + lane;
+            }
+          found[start + i] = first % n_directions;
+        }
       }
     }
-  }
+  });
+  return attempt.failed;
 }
 
 // Collect the scores <query, row> + bias above each query's threshold, rows in order: n_hits (Q,),
 // and scores and ids (Q, capacity). A query with more hits than fit has the first of them.
-void search(const float* queries, int64_t n_queries, int64_t width, const float* rows,
-            int64_t n_rows, const float* bias, const float* threshold, int64_t capacity,
-            int64_t* n_hits, float* scores, int64_t* ids, int64_t n_threads) {
-  struct Hit {
-    int64_t row;
-    int32_t query;
-    float score;
-  };
-  const int64_t lanes = round_up(n_queries, kLanes), step = 8 * kRows;
-  std::vector<float> turned = turn(queries, n_queries, width, lanes);
-  std::vector<float> limits(lanes, kInfinity);
-  std::copy(threshold, threshold + n_queries, limits.begin());
-  std::vector<std::vector<Hit>> found(n_threads);
+int32_t search(const float* queries, int64_t n_queries, int64_t width, const float* rows,
+               int64_t n_rows, const float* bias, const float* threshold, int64_t capacity,
+               int64_t* n_hits, float* scores, int64_t* ids, int64_t n_threads) {
+  Attempt attempt;
+  attempt([&] {
+    struct Hit {
+      int64_t row;
+      int32_t query;
+      float score;
+    };
+    const int64_t lanes = round_up(n_queries, kLanes), step = 8 * kRows;
+    std::vector<float> turned = turn(queries, n_queries, width, lanes);
+    std::vector<float> limits(lanes, kInfinity);
+    std::copy(threshold, threshold + n_queries, limits.begin());
+    std::vector<std::vector<Hit>> found(n_threads);
 #pragma omp parallel num_threads(n_threads)
-  {
-    std::vector<float> block(step * lanes);
-    std::vector<Hit>& own = found[omp_get_thread_num()];
+    {
+      std::vector<float> block;
+      attempt([&] { block.resize(step * lanes); });
+      std::vector<Hit>& own = found[omp_get_thread_num()];
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < n_rows; start += step) {
-      const int64_t n = std::min(step, n_rows - start);
-      product(n, lanes, width, rows + start * width, width, 1, turned.data(), lanes, block.data(),
-              lanes, false);
-      for (int64_t i = 0; i < n; ++i) {
-        const Vec shift = all(bias ? bias[start + i] : 0.0f);
-        for (int64_t q = 0; q < lanes; q += kLanes) {
-          const Vec z = load(&block[i * lanes + q]) + shift;
-          for (uint32_t hit = above(z, load(&limits[q])); hit; hit &= hit - 1) {
-            const int lane = __builtin_ctz(hit);
-            own.push_back({start + i, (int32_t)(q + lane), z[lane]});
+      for (int64_t start = 0; start < n_rows; start += step)
+        attempt([&] {
+          const int64_t n = std::min(step, n_rows - start);
+          product(n, lanes, width, rows + start * width, width, 1, turned.data(), lanes,
+                  block.data(), lanes, false);
+          for (int64_t i = 0; i < n; ++i) {
+            const Vec shift = all(bias ? bias[start + i] : 0.0f);
+            for (int64_t q = 0; q < lanes; q += kLanes) {
+              const Vec z = load(&block[i * lanes + q]) + shift;
+              for (uint32_t hit = above(z, load(&limits[q])); hit; hit &= hit - 1) {
+                const int lane = __builtin_ctz(hit);
+                own.push_back({start + i, (int32_t)(q + lane), z[lane]});
+              }
+            }
           }
-        }
+        });
+    }
+    std::fill(n_hits, n_hits + n_queries, 0);
+    for (const auto& hits : found)
+      for (const Hit& hit : hits) {
+        const int64_t place = n_hits[hit.query]++;
+        if (place >= capacity) continue;
+        scores[hit.query * capacity + place] = hit.score;
+        ids[hit.query * capacity + place] = hit.row;
       }
-    }
-  }
-  std::fill(n_hits, n_hits + n_queries, 0);
-  for (const auto& hits : found)
-    for (const Hit& hit : hits) {
-      const int64_t place = n_hits[hit.query]++;
-      if (place >= capacity) continue;
-      scores[hit.query * capacity + place] = hit.score;
-      ids[hit.query * capacity + place] = hit.row;
-    }
+  });
+  return attempt.failed;
 }
 
 }  // extern "C"

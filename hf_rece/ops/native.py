@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,9 @@ def nearest(vectors: Tensor, directions: Tensor) -> Tensor:
     found = torch.empty(len(vectors), dtype=torch.int32)
     sizes = [ctypes.c_int64(size) for size in (*vectors.shape, len(directions))]
     threads = ctypes.c_int64(torch.get_num_threads())
-    kernels().nearest(
-        pointer(vectors), *sizes[:2], pointer(directions), sizes[2], pointer(found), threads
-    )
+    of_vectors, of_directions = sizes[:2], sizes[2]
+    whole = (pointer(vectors), *of_vectors, pointer(directions), of_directions)
+    call("nearest", *whole, pointer(found), threads)
     return found
 
 
@@ -80,8 +81,8 @@ def search(
     ids = torch.full((len(queries), capacity), len(rows))
     n_hits = torch.empty(len(queries), dtype=torch.int64)
     threshold = threshold.contiguous()
-    kernels().search(
-        pointer(queries), ctypes.c_int64(len(queries)), ctypes.c_int64(queries.shape[1]),
+    call(
+        "search", pointer(queries), ctypes.c_int64(len(queries)), ctypes.c_int64(queries.shape[1]),
         pointer(rows), ctypes.c_int64(len(rows)), pointer(bias), pointer(threshold),
         ctypes.c_int64(capacity), pointer(n_hits), pointer(scores), pointer(ids),
         ctypes.c_int64(torch.get_num_threads()),
@@ -94,12 +95,17 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
-def kernels() -> ctypes.CDLL:
-    """Return `library()`, which must be there."""
-    found = library()
-    if found is None:
+def call(function: str, *arguments: Any) -> None:
+    """Call a kernel of `library()`, which must be there.
+
+    Raises:
+        MemoryError: if there was not enough for it; its outputs are of no use.
+    """
+    kernels = library()
+    if kernels is None:
         raise RuntimeError("there are no kernels: ask serves() first")
-    return found
+    if getattr(kernels, function)(*arguments):
+        raise MemoryError(f"not enough memory for {function} of {SOURCE.name}")
 
 
 def compiler() -> str | None:

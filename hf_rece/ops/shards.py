@@ -2,20 +2,28 @@
 
 Each function below that says "collective" is called by all processes of the group, and exchanges a
 number of messages that depends on no data: a process without a token calls it like any other.
+
+Where there are more processes than hold a vocabulary together, several groups hold it, each the
+whole, as a DeviceMesh ("data", "vocab") arranges them:
+
+    vocab:     0         1         2         3
+    data: 0    rank 0    rank 1    rank 2    rank 3     tokens meet the classes of their own row
+          1    rank 4    rank 5    rank 6    rank 7     gradients are averaged over a column
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import messages
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -26,17 +34,28 @@ class VocabShards:
     Args:
         n_classes: C.
         rank: of this process in the group.
-        world_size: processes of the group.
+        world_size: processes of the group, which hold all classes together.
         group: process group; None for the default one, and for a process on its own.
+        data_rank: of this process among those that hold the same classes in other groups.
+        data_size: number of groups, each of which holds all classes.
+        data_group: process group of those that hold the same classes; None for no others.
     """
 
     n_classes: int
     rank: int = 0
     world_size: int = 1
     group: Any = None
+    data_rank: int = 0
+    data_size: int = 1
+    data_group: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VocabShards:
         return self  # a process group cannot be copied
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the first of all: the one that writes."""
+        return self.rank == self.data_rank == 0
 
     @property
     def first(self) -> int:
@@ -84,13 +103,13 @@ class VocabShards:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of values over the processes, in place. Collective."""
         if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+            messages.reduce_all(values, "sum", self.group)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the largest of the processes' values, in place. Collective."""
         if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
+            messages.reduce_all(values, "max", self.group)
         return values
 
     def join(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -103,24 +122,71 @@ class VocabShards:
         longest = max(sizes)
         if self.world_size == 1 or longest == 0:
             return values
-        # As bytes, whatever the type: not every backend sends 16 bit integers.
-        own = values.reshape(len(values), values.shape[1:].numel()).contiguous().view(torch.uint8)
-        padded = own.new_empty(longest, own.shape[1])
-        padded[: len(own)] = own
-        pieces = list(own.new_empty(self.world_size, *padded.shape).unbind(0))
-        distributed.all_gather(pieces, padded, group=self.group)
+        width = values.shape[1:].numel()
+        padded = values.new_empty(longest, width)
+        padded[: len(values)] = values.reshape(len(values), width)
+        pieces = messages.gather_all(padded, self.world_size, self.group)
         joined = torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
-        return joined.view(values.dtype).view(-1, *values.shape[1:])
+        return joined.view(-1, *values.shape[1:])
 
-    def share_tokens(self, *counts: int, device: torch.device) -> SharedTokens:
+    def exchange(self, values: Tensor, n_sent: Sequence[int], n_received: Sequence[int]) -> Tensor:
+        """Return the rows that the others send to this process, by rank. Collective.
+
+        Args:
+            values: (sum of n_sent, ...), rows for the first process, for the second, and so on.
+            n_sent: rows for each process.
+            n_received: rows of each process.
+        """
+        return messages.exchange(values, n_sent, n_received, self.group)
+
+    def take_from_first(self, values: Tensor) -> Tensor:
+        """Return the first process's values, in place. Collective."""
+        if self.world_size > 1:
+            messages.take_from_first(values, self.group)
+        return values
+
+    def take_from_main(self, values: Tensor) -> Tensor:
+        """Return the values of the first process of all groups, in place. Collective in all."""
+        if self.data_size > 1:
+            messages.take_from_first(values, self.data_group)
+        return self.take_from_first(values)
+
+    def average_over_data(self, values: Tensor) -> Tensor:
+        """Return the mean of values over the groups, in place. Collective in all groups."""
+        if self.data_size > 1:
+            messages.reduce_all(values, "sum", self.data_group).div_(self.data_size)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return when all processes of all groups have called this. Collective in all."""
+        if self.world_size > 1:
+            messages.wait_for_all(self.group)
+        if self.data_size > 1:
+            messages.wait_for_all(self.data_group)
+
+    def share_tokens(
+        self, *counts: int, device: torch.device, error: ArgumentError | None = None
+    ) -> SharedTokens:
         """Return who brings how many tokens. Collective.
 
         Args:
             *counts: this process's number of tokens, and other numbers to tell the others.
             device: of the message.
+            error: what is wrong in this process, and is raised in all: else they would wait for it.
+
+        Raises:
+            ArgumentError: the error of a process; in others it names the process.
         """
-        own = torch.tensor([counts], device=device)
-        return SharedTokens(self.join(own, [1] * self.world_size).tolist(), self)
+        text = str(error or "").encode()
+        own = torch.tensor([[*counts, len(text)]], device=device)
+        told = self.join(own, [1] * self.world_size).tolist()
+        lengths = [of_process.pop() for of_process in told]
+        if any(lengths):
+            texts = self.join(torch.tensor(list(text), dtype=torch.uint8, device=device), lengths)
+            rank = next(rank for rank, length in enumerate(lengths) if length)
+            first = bytes(texts[: lengths[rank]].tolist()).decode().rstrip(".")
+            raise error or ArgumentError("process", rank, first, "Correct it there")
+        return SharedTokens(told, self)
 
 
 def shard_classes(n_classes: int, group: Any = None) -> VocabShards:
@@ -128,19 +194,25 @@ def shard_classes(n_classes: int, group: Any = None) -> VocabShards:
 
     Args:
         n_classes: C.
-        group: process group; None for all processes, or for this one where there are no others.
+        group: process group, or a DeviceMesh as vocab_mesh returns it, whose rows hold all classes
+            each; None for all processes, or for this one where there are no others.
 
     Raises:
         ArgumentError: if there are fewer classes than processes.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return VocabShards(n_classes)
+    data: Any = (0, 1, None)
+    if isinstance(group, DeviceMesh):
+        columns = group.get_group("data")
+        data = columns.rank(), columns.size(), columns
+        group = group.get_group("vocab")
     world_size = distributed.get_world_size(group)
     if n_classes < world_size:
         raise ArgumentError(
             "n_classes", n_classes, f"cannot be cut over {world_size} processes", "Use fewer"
         )
-    return VocabShards(n_classes, distributed.get_rank(group), world_size, group)
+    return VocabShards(n_classes, distributed.get_rank(group), world_size, group, *data)
 
 
 @dataclass(frozen=True)
@@ -201,49 +273,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shards, sizes = ctx.tokens.shards, ctx.tokens.sizes
         n_own = sizes[shards.rank]
-        parts = grad.new_empty(shards.world_size * n_own, *grad.shape[1:])
-        distributed.all_to_all_single(
-            parts, grad.contiguous(), [n_own] * shards.world_size, sizes, group=shards.group
-        )
+        parts = shards.exchange(grad, sizes, [n_own] * shards.world_size)
         # Added up here, in a wide type and always in the same order.
         wide = accumulation_dtype(grad.dtype)
         of_processes = parts.view(shards.world_size, n_own, *grad.shape[1:])
         return of_processes.sum(0, dtype=wide).to(grad.dtype), None
-
-
-@contextmanager
-def same_draws(
-    shards: VocabShards, generator: torch.Generator | None, device: torch.device
-) -> Iterator[None]:
-    """Let every process draw what the first one would have drawn. Collective.
-
-    Args:
-        shards: whose processes.
-        generator: that is drawn from; None for the device's own, which only the first process's
-            draws move on, so that dropout goes on as it would have.
-        device: of the draws.
-    """
-    if shards.world_size == 1:
-        yield
-        return
-    source = _generator_of(device) if generator is None else generator
-    before = source.get_state()
-    state = before.clone().to(device)
-    distributed.broadcast(state, group_src=0, group=shards.group)
-    source.set_state(state.cpu())
-    try:
-        yield
-    finally:
-        if generator is None and shards.rank:
-            source.set_state(before)
-
-
-def _generator_of(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
-    return generator
 
 
 @dataclass(frozen=True)
@@ -332,8 +366,8 @@ class _Questions:
         counts = torch.bincount(owners, minlength=shards.world_size)
         # An id that is nobody's: all are told, so that none waits for an answer.
         counts = torch.where(outside.any(), -1, counts)
-        told = torch.empty_like(counts)
-        distributed.all_to_all_single(told, counts, group=shards.group)
+        one_each = [1] * shards.world_size
+        told = shards.exchange(counts, one_each, one_each)
         n_asking, n_asked = counts.tolist(), told.tolist()
         if min(*n_asking, *n_asked) < 0:
             raise ArgumentError(
@@ -343,22 +377,14 @@ class _Questions:
                 f"Pass ids from 0 to {shards.n_classes - 1}, or make a larger table",
             )
         order = owners.argsort(stable=True)
-        asked = ids.new_empty(sum(n_asked))
-        distributed.all_to_all_single(asked, ids[order], n_asked, n_asking, group=shards.group)
+        asked = shards.exchange(ids[order], n_asking, n_asked)
         return cls(order, n_asking, n_asked, asked - shards.first, shards)
 
     def answer(self, rows: Tensor) -> Tensor:
         """Return rows (K, D) of the own ids, for the rows that others asked for. Collective."""
-        received = rows.new_empty(len(self.order), rows.shape[1])
-        distributed.all_to_all_single(
-            received, rows.contiguous(), self.n_asking, self.n_asked, group=self.shards.group
-        )
+        received = self.shards.exchange(rows, self.n_asked, self.n_asking)
         return torch.empty_like(received).index_copy_(0, self.order, received)
 
     def send(self, grad: Tensor) -> Tensor:
         """Return what others bring to the rows they asked for, for grad (K, D). Collective."""
-        received = grad.new_empty(len(self.asked), grad.shape[1])
-        distributed.all_to_all_single(
-            received, grad[self.order], self.n_asked, self.n_asking, group=self.shards.group
-        )
-        return received
+        return self.shards.exchange(grad[self.order], self.n_asking, self.n_asked)

@@ -111,9 +111,7 @@ class _Problem:
 
     def call(self, function: str, *buffers: Tensor | None) -> None:
         """Call a kernel, which reads and writes the buffers."""
-        getattr(native.kernels(), function)(
-            ctypes.byref(self.struct), *map(native.pointer, buffers)
-        )
+        native.call(function, ctypes.byref(self.struct), *map(native.pointer, buffers))
 
 
 def _problems(scores: Scores, plan: Plan) -> Iterator[_Problem]:

@@ -19,6 +19,8 @@ from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 _QUERIES = 256
+# So much of what all processes found is joined at once: the same in all, as messages hang on it.
+_JOINED_BYTES = 2**28
 # A first threshold from a sample spares the hits that later classes push out again.
 _SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
 _HIT_BYTES = 12
@@ -80,8 +82,19 @@ def streamed_topk(
 
 def _best_of_all(scores: Tensor, ids: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
     """Return the best of all processes' scores (N, k), and their classes (N, k)."""
-    sizes, k = [len(scores)] * shards.world_size, scores.shape[1]
+    k = scores.shape[1]
     ids = torch.where(ids < 0, ids, ids + shards.first)
+    a_query = shards.world_size * k * (scores.element_size() + ids.element_size())
+    step = max(1, _JOINED_BYTES // a_query)
+    pieces = zip(scores.split(step), ids.split(step), strict=True)
+    best = [_best_of_piece(of_scores, of_ids, k, shards) for of_scores, of_ids in pieces]
+    return torch.cat([each for each, _ in best]), torch.cat([each for _, each in best])
+
+
+def _best_of_piece(
+    scores: Tensor, ids: Tensor, k: int, shards: VocabShards
+) -> tuple[Tensor, Tensor]:
+    sizes = [len(scores)] * shards.world_size
     # (W N, k) -> (N, W k)
     every, classes = (
         torch.cat(shards.join(part, sizes).split(len(scores)), dim=1) for part in (scores, ids)

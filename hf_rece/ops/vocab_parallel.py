@@ -11,21 +11,18 @@ table under DistributedDataParallel. It stays on its process, and so does its op
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hf_rece.ops import stream_torch
-from hf_rece.ops.fallback import or_by
 from hf_rece.ops.gradients import Labels, Wanted, gradients_of
 from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
 from hf_rece.ops.products import autocast_dtype, without_autocast
 from hf_rece.ops.shards import ShardedRows, VocabShards
-from hf_rece.ops.stream import Backend, Kernel, Result, choose_kernel
+from hf_rece.ops.stream import Backend, Kernel, choose_kernel, walked
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 # ------------------------------------------------------------------------------------- local plans
@@ -108,7 +105,8 @@ def sharded_stream(
     Collective, and so is its backward: three messages of the size of the tokens (with
     merge="maximum", of the plan's pairs of group and token) forward, and one backward. hidden gets
     the gradient through this process's classes, which SharedTokens.gather adds up; the rows get the
-    mean over the processes.
+    mean over the processes. Where a tile does not fit, a process walks its own part again, see
+    with_smaller_tiles, and the others wait for it.
 
     Args:
         hidden: (N, D), the tokens of all processes.
@@ -147,12 +145,6 @@ class _How:
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
         return Scores(hidden, self.rows.local, bias, self.scale, self.softcap, self.autocast)
 
-    def walk(self, work: Callable[[Kernel], Result]) -> Result:
-        """Return work(kernel), which sends no messages, or by torch where that fails."""
-        if not self.may_differ:
-            return work(self.kernel)
-        return or_by(cast(Kernel, stream_torch), self.kernel, work)
-
     def own_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return which labels (N,) are of this process, and their rows; row 0 for the others."""
         return self.rows.shards.is_local(labels), self.rows.shards.localise(labels, 0)
@@ -172,15 +164,22 @@ class _ShardedStream(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scores, plan, shards = how.scores(hidden, bias), how.plan, how.rows.shards
         is_own, local = how.own_labels(labels)
-        with without_autocast(hidden.device):
+
+        def walk(kernel: Kernel, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+            sized = replace(how, kernel=kernel, plan=plan)
             own = label_logits(scores, local, plan.tile_bytes)
+            if plan.merge == "maximum":
+                return own, [_group_values(sized, scores, grid) for grid in plan.grids]
+            return own, [kernel.forward(scores, plan)[0]]
+
+        with without_autocast(hidden.device):
+            own, values = walked(how.kernel, plan, walk, may_differ=how.may_differ)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
-                merged, winner = _merge_maximum(how, scores)
+                merged, winner = _merge_maximum(how, scores, values)
             else:
-                local_merged, _, _ = how.walk(lambda kernel: kernel.forward(scores, plan))
-                merged = _MERGES[plan.merge](local_merged, shards)
+                merged = _MERGES[plan.merge](values[0], shards)
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.how = how
         return own, merged[: plan.n_tokens].clone()
@@ -198,17 +197,16 @@ class _ShardedStream(torch.autograd.Function):
         grad_own, grad_merged = torch.cat([both, both.new_zeros(2, 1)], dim=1).unbind(0)
         is_own, local = how.own_labels(labels)
         of_labels = Labels(local, grad_own[:-1].masked_fill(~is_own, 0))
-
         share = 1 / shards.world_size
 
-        def walk(kernel: Kernel) -> Gradients:
+        def walk(kernel: Kernel, plan: Plan) -> Gradients:
             def add(scores: Scores, plan: Plan, into: Gradients) -> None:
                 kernel.backward(scores, plan, merged, winner, grad_merged, into)
 
-            return gradients_of(scores, how.plan, of_labels, wanted, add, row_share=share)
+            return gradients_of(scores, plan, of_labels, wanted, add, row_share=share)
 
         with without_autocast(hidden.device):
-            found = how.walk(walk)
+            found = walked(how.kernel, how.plan, walk, may_differ=how.may_differ)
         return None, None, found.hidden, found.bias, *(found.rows or ())
 
 
@@ -229,18 +227,22 @@ def _merge_sum(values: Tensor, shards: VocabShards) -> Tensor:
 _MERGES = {"logaddexp": _merge_logaddexp, "sum": _merge_sum}
 
 
-def _merge_maximum(how: _How, scores: Scores) -> tuple[Tensor, Tensor]:
+def _merge_maximum(how: _How, scores: Scores, local: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return each token's largest log-sum-exp of a group (N + 1,), and that group's number.
 
     Groups are compared by all of their classes, so theirs are merged before the maximum is taken.
+
+    Args:
+        how: the plan, local.
+        scores: of all tokens.
+        local: of each grid, its _group_values.
     """
     plan = how.plan
     best = scores.hidden.new_full((plan.n_tokens + 1,), -torch.inf, dtype=scores.dtype)
     winner = torch.full_like(best, -1, dtype=torch.long)
     first_group = 0
-    for grid in plan.grids:
-        local = [_group_values(how, scores, piece) for piece in _pieces(grid, scores, plan)]
-        values = _merge_logaddexp(torch.cat(local), how.rows.shards)
+    for grid, of_classes_here in zip(plan.grids, local, strict=True):
+        values = _merge_logaddexp(of_classes_here, how.rows.shards)
         tokens = grid.tokens.reshape(-1).long()
         best.scatter_reduce_(0, tokens, values, "amax")
         groups = torch.arange(len(grid.tokens), device=best.device) + first_group
@@ -265,6 +267,11 @@ def _pieces(grid: Grid, scores: Scores, plan: Plan) -> list[Grid]:
 
 def _group_values(how: _How, scores: Scores, grid: Grid) -> Tensor:
     """Return (G * n,) log-sum-exps of each token over the local classes of each of its groups."""
+    pieces = _pieces(grid, scores, how.plan)
+    return torch.cat([_values_of_piece(how, scores, piece) for piece in pieces])
+
+
+def _values_of_piece(how: _How, scores: Scores, grid: Grid) -> Tensor:
     # As a plan in which every pair of group and token is a token of its own.
     members = grid.tokens.reshape(-1).long()
     places = torch.arange(len(members), device=members.device)
@@ -275,5 +282,5 @@ def _group_values(how: _How, scores: Scores, grid: Grid) -> Tensor:
     apart = replace(grid, tokens=places.view(grid.tokens.shape), own_labels=own)
     plan = replace(how.plan, grids=(apart,), merge="logaddexp", n_tokens=len(members))
     of_states = replace(scores, hidden=states)
-    merged, _, _ = how.walk(lambda kernel: kernel.forward(of_states, plan))
+    merged, _, _ = how.kernel.forward(of_states, plan)
     return merged[:-1]

@@ -138,6 +138,13 @@ class RecommenderTrainingArguments(LargeVocabTrainingArguments):
             "each holds its own share of the catalogue."
         },
     )
+    vocab_parallel_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many processes hold the item vectors together, neighbours by rank: those "
+            "of one machine, say. Implies vocab_parallel; None for all."
+        },
+    )
     # The collator reads item_ids and target_id, which are no arguments of the model.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the model does not take."}
@@ -145,6 +152,7 @@ class RecommenderTrainingArguments(LargeVocabTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.vocab_parallel = self.vocab_parallel or self.vocab_parallel_size is not None
         if not self.ranking_ks or min(self.ranking_ks) < 1:
             raise ArgumentError(
                 "ranking_ks", self.ranking_ks, "no cut-offs", "Pass integers such as 5 10 20"

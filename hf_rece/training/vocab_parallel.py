@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_rece.embeddings.sharded import ShardedLayer
 from hf_rece.errors import ArgumentError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.sharded_checkpoint import (
@@ -29,8 +30,10 @@ class VocabParallel(Trainer):
     """Trainer of a model whose vocabulary may be cut over processes, and of any other as ever.
 
     Rows, their gradients and their optimizer state stay on the process that holds them; all other
-    parameters are those of DistributedDataParallel. Gradients are clipped by their norm over all
-    processes. Checkpoints are whole: they resume on any number of processes, cut or not.
+    parameters are those of DistributedDataParallel over all processes. With
+    args.vocab_parallel_size, several groups of processes hold the rows, and average their gradients
+    at the last micro-batch of a step. Gradients are clipped by their norm over all processes.
+    Checkpoints are whole: they resume on any number of processes, cut in any way or not.
     """
 
     @property
@@ -41,6 +44,14 @@ class VocabParallel(Trainer):
     @property
     def _bare_model(self) -> Any:
         return self.model
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Make forward and backward of a micro-batch."""
+        for layer in self._bare_model.modules() if self.vocab_shards is not None else ():
+            if isinstance(layer, ShardedLayer):
+                layer.averages_gradients = self.accelerator.sync_gradients
+        loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.vocab_shards is None:
@@ -148,7 +159,7 @@ class VocabParallel(Trainer):
 
 
 def cut_as_asked(model: Any, args: Any) -> None:
-    """Cut the vocabulary of a model over all processes, if the arguments say so; works in place.
+    """Cut the vocabulary of a model over processes, if the arguments say so; works in place.
 
     Raises:
         ArgumentError: for a model that is no RecommenderModel, or cannot be cut; with FSDP,
@@ -159,7 +170,7 @@ def cut_as_asked(model: Any, args: Any) -> None:
             raise ArgumentError(
                 "vocab_parallel", True, f"{type(model).__name__} cannot be cut", "Leave it out"
             )
-        model.cut_vocabulary()
+        model.cut_vocabulary(getattr(args, "vocab_parallel_size", None))
     if getattr(model, "vocab_shards", None) is None:
         return
     for name in ("fsdp", "deepspeed", "fp16"):
@@ -189,10 +200,14 @@ def clip_cut_gradients(
     """
     own = [p.grad for p in cut if p.grad is not None]
     gradients = [p.grad for p in whole if p.grad is not None]
-    squared = torch.nn.utils.get_total_norm(own).square()
+    # Where there are none, of rows that are frozen, torch's norm is on the CPU.
+    device = next((gradient.device for gradient in gradients + own), None)
+    squared, of_whole = (
+        torch.nn.utils.get_total_norm(part).square().to(device) for part in (own, gradients)
+    )
     if shards is not None:
         squared = shards.sum(squared)
-    norm = (torch.nn.utils.get_total_norm(gradients).square() + squared).sqrt()
+    norm = (of_whole + squared).sqrt()
     # 1e-6 as in torch: a norm of 0 is no division by 0.
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*gradients, *own):

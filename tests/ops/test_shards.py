@@ -7,7 +7,8 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops.lookup import lookup
 from hf_rece.ops.lsh import buckets
 from hf_rece.ops.rows import DenseRows, as_output_rows
-from hf_rece.ops.shards import ShardedRows, VocabShards, same_draws, shard_classes
+from hf_rece.ops.same_draws import same_draws
+from hf_rece.ops.shards import ShardedRows, VocabShards, shard_classes
 from hf_rece.ops.topk import label_rank, streamed_topk
 from tests.processes import in_processes
 

@@ -9,6 +9,8 @@ import torch
 
 from hf_rece.losses import LossName, build_loss
 from hf_rece.ops import lsh, native, stream_torch, topk
+from hf_rece.ops.plans import stratified
+from hf_rece.ops.smaller_tiles import restore_tile_bytes
 from hf_rece.ops.topk import label_rank, streamed_topk
 
 TILE = 40_000
@@ -24,6 +26,8 @@ PRODUCTS = [
 @pytest.fixture(autouse=True)
 def _no_native(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
+    yield
+    restore_tile_bytes()
 
 
 class Products:
@@ -72,6 +76,34 @@ def test_a_step_that_runs_out_of_memory_once_counts_nothing_twice(
         found = step(name, inputs)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+    step(name, inputs)  # begins with what fitted: no warning, which would be an error
+
+
+def test_the_overlaps_of_strata_are_looked_for_again(inputs, monkeypatch):
+    wanted, find, sizes = step("stratified", inputs), stratified._find_hits, []
+
+    def too_large(*args):
+        sizes.append(args[-1])
+        if args[-1] == TILE:
+            raise MemoryError
+        return find(*args)
+
+    monkeypatch.setattr(stratified, "_find_hits", too_large)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = step("stratified", inputs)
+    assert sizes == [TILE, TILE // 2]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+def test_tiles_may_be_large_again(inputs, monkeypatch):
+    Products(monkeypatch, failing={1})
+    with pytest.warns(UserWarning, match="all later steps"):
+        step("cross_entropy", inputs)
+    restore_tile_bytes()
+    Products(monkeypatch, failing={1})
+    with pytest.warns(UserWarning, match=f"tile_bytes={TILE}"):
+        step("cross_entropy", inputs)
 
 
 def test_backward_begins_with_the_tiles_that_fitted_forward(inputs, monkeypatch):

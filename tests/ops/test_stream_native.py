@@ -1,5 +1,6 @@
 """The C++ kernels against the torch backend; how they are compiled, and what happens if not."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hf_rece.losses import LOSSES
 from hf_rece.losses.cross_entropy import cross_entropy_loss
 from hf_rece.ops import lsh, native, stream_native, stream_torch
 from hf_rece.ops.rows import DenseRows
+from hf_rece.ops.smaller_tiles import restore_tile_bytes
 from hf_rece.ops.stream import choose_kernel
 from hf_rece.ops.topk import streamed_topk
 from tests.ops.every_kernel import (
@@ -221,3 +223,61 @@ def test_kernels_are_compiled_once_and_kept(monkeypatch, tmp_path):
     assert [words[1:] for words in calls] == [["--version"]]
     assert list((tmp_path / "hf_rece").iterdir()) == [kept]
     assert os.stat(tmp_path / "hf_rece").st_mode & 0o077 == 0
+
+
+# ------------------------------------------------------------------------------------- no memory
+
+HUGE = 2**44  # numbers, that no machine has room for
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("function", ["stream_forward", "stream_backward"])
+def test_threads_that_find_no_memory_end_no_process(function, n_threads):
+    tokens = torch.zeros(4, 300, dtype=torch.int32)
+    sizes = {"n_tokens": 1, "n_classes": 1, "n_groups": 4, "n": 300, "m": 2000}
+    struct = stream_native._Struct(
+        tokens=native.pointer(tokens), width=HUGE, n_threads=n_threads, **sizes
+    )
+    nothing = [None] * {"stream_forward": 3, "stream_backward": 6}[function]
+    with pytest.raises(MemoryError, match=f"not enough memory for {function}"):
+        native.call(function, ctypes.byref(struct), *nothing)
+
+
+@needs_kernels
+def test_searches_that_find_no_memory_end_no_process():
+    one, huge = ctypes.c_int64(1), ctypes.c_int64(HUGE)
+    with pytest.raises(MemoryError):
+        native.call("nearest", None, one, one, None, huge, None, one)
+    with pytest.raises(MemoryError):
+        native.call("search", None, huge, one, None, one, None, None, one, None, None, None, one)
+
+
+@needs_kernels
+@pytest.mark.parametrize("function", ["stream_forward", "stream_backward", "search"])
+def test_kernels_that_find_no_memory_begin_again(function, monkeypatch):
+    call, asked = native.call, []
+
+    def starved(name, *arguments):
+        asked.append(name)
+        if asked.count(function) == 1 and name == function:
+            raise MemoryError
+        call(name, *arguments)
+
+    hidden, weight, labels = torch.randn(60, 8), torch.randn(30_000, 8), torch.randint(900, (60,))
+
+    def work():
+        if function == "search":
+            return streamed_topk(hidden, weight, 5)
+        states = hidden.clone().requires_grad_()
+        loss = cross_entropy_loss(states, weight, labels, backend="native")
+        return loss.detach(), torch.autograd.grad(loss, states)[0]
+
+    wanted = work()
+    monkeypatch.setattr(native, "call", starved)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = work()
+    restore_tile_bytes()
+    assert asked.count(function) == 2
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)

@@ -40,7 +40,8 @@ def rece_plan(
         tile_bytes: bytes of a tile.
 
     Memory:
-        O(R (N + C)) integers.
+        O(R (N + C)) integers. Over ShardedRows too, in every process: all classes are sorted
+        together.
     """
     operands = search_dtype(hidden, rows.tensors())
     grids: list[Grid] = []

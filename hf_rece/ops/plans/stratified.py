@@ -11,6 +11,7 @@ from hf_rece.ops.lsh import buckets, random_directions, sort_into_chunks
 from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows
+from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.topk import streamed_topk
 
 
@@ -81,7 +82,8 @@ def stratified_plan(
         generator: of the directions and the partitions.
 
     Memory:
-        O(n_groups n_hard + N + C) integers.
+        O(n_groups n_hard + N + C) integers: 32 bytes a class at the peak. Over ShardedRows too, in
+        every process: the blocks are one permutation of all classes.
     """
     n_tokens, n_classes = len(hidden), rows.n_rows
     groups, hard = _hard_sets(
@@ -95,7 +97,9 @@ def stratified_plan(
     shuffled = torch.randperm(n_tokens, generator=generator, device=hidden.device)
     tokens = _partition(shuffled, n_tokens, n_blocks)
 
-    hits = _find_hits(groups, hard, labels, tokens, classes, tile_bytes)
+    hits = with_smaller_tiles(
+        tile_bytes, lambda size: _find_hits(groups, hard, labels, tokens, classes, size)
+    )
     hard_grid = Grid(groups, hard, skip=hits.labels_in_hard, skips_once=True)
     if n_hard >= len(allowed):  # nothing is left to estimate
         return Plan((hard_grid,), "logaddexp", n_tokens, n_classes, tile_bytes)
