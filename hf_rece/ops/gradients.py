@@ -4,7 +4,8 @@ The gradient of a (C, D) table in bfloat16 takes 2 C D bytes, its float32 sums 4
 there together:
 
     every class in order    the classes are walked in windows, each a third of those left: what is
-                            not yet written of the result is the room for a window's sums
+                            not yet written of the result is the room for a window's sums, and for
+                            those of the hidden states until their last classes are walked
     any other plan          the sums are rounded where they lie
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, starmap
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ AddGradients = Callable[[Scores, Plan, Gradients], None]
 
 # Bytes of sums below which windows, of which there are a dozen, cost more than they save.
 _WORTH_WINDOWS = 16 * 2**20
-# The last window is no larger than one in so many of the classes, as it needs room of its own.
-_LAST_WINDOW = 64
+# Bytes of sums that may have room of their own.
+_OWN_ROOM = 2**20
 
 
 @dataclass(frozen=True)
@@ -78,37 +79,37 @@ def gradients_of(
         row_share: multiplies the gradients of rows and bias.
 
     Memory:
-        The sums of the hidden states' gradient in the accumulation dtype, and those of the rows';
-        of dense rows in half precision under a plan of all classes, 1/16 of those at most beside
-        the result.
+        The sums in the accumulation dtype; of dense rows in half precision, under a plan of all
+        classes, the result alone and O(N), where classes are at least six times as many as tokens.
     """
     hidden, bias = scores.hidden, scores.bias
     into = Gradients(
-        hidden=gradient_buffer(hidden) if wanted.hidden else None,
+        hidden=None,
         rows=None,
         bias=None
         if bias is None or not wanted.bias
         else torch.zeros(len(bias), dtype=scores.dtype, device=bias.device),
     )
-    rows: tuple[Tensor | None, ...]
     if _pays_windows(scores, plan, wanted):
-        rows = (_by_windows(scores, plan, labels, into, add, row_share),)
+        found = _by_windows(scores, plan, labels, wanted, into, add, row_share)
     else:
         tensors = scores.rows.tensors()
-        into = replace(into, rows=gradient_buffers(tensors, wanted.rows))
+        into = replace(
+            into,
+            hidden=gradient_buffer(hidden) if wanted.hidden else None,
+            rows=gradient_buffers(tensors, wanted.rows),
+        )
         label_backward(scores, labels.ids, labels.grad, into, plan.tile_bytes)
         add(scores, plan, into)
         rows = tuple(
             None if sums is None else narrowed(_shared(sums, row_share), tensor.dtype)
             for tensor, sums in zip(tensors, into.rows or [None] * len(tensors), strict=True)
         )
-    return Gradients(
-        hidden=None if into.hidden is None else narrowed(into.hidden, hidden.dtype),
-        rows=rows,
-        bias=None
-        if into.bias is None or bias is None
-        else _shared(into.bias, row_share).to(bias.dtype),
-    )
+        states = None if into.hidden is None else narrowed(into.hidden, hidden.dtype)
+        found = Gradients(states, rows, into.bias)
+    if bias is None or found.bias is None:
+        return found
+    return replace(found, bias=_shared(found.bias, row_share).to(bias.dtype))
 
 
 def _shared(sums: Tensor, share: float) -> Tensor:
@@ -118,14 +119,18 @@ def _shared(sums: Tensor, share: float) -> Tensor:
 # ----------------------------------------------------------------------------------------- windows
 
 
-def window_edges(n_classes: int) -> list[int]:
-    """Return where windows begin, and C: each a third of what is left, until little is."""
-    edges = [0]
-    least = max(n_classes // _LAST_WINDOW, 3 * MIN_TILE_SIDE)
-    while n_classes - edges[-1] > least:
-        third = (n_classes - edges[-1]) // 3
-        edges.append(edges[-1] + third // MIN_TILE_SIDE * MIN_TILE_SIDE)
-    return [*edges, n_classes]
+def window_edges(start: int, stop: int, end: int, least: int) -> list[int]:
+    """Return where the windows of classes from `start` to `stop` begin, and `stop`.
+
+    Each is a third of what is left up to `end`, so that its sums fit behind it; the last, of
+    `least` or fewer to `end`, is all that is left.
+    """
+    edges = [start]
+    while edges[-1] < stop:
+        left = end - edges[-1]
+        third = left // 3 // MIN_TILE_SIDE * MIN_TILE_SIDE
+        edges.append(min(edges[-1] + (third if third and left > least else left), stop))
+    return edges
 
 
 def _pays_windows(scores: Scores, plan: Plan, wanted: Wanted) -> bool:
@@ -141,58 +146,128 @@ def _pays_windows(scores: Scores, plan: Plan, wanted: Wanted) -> bool:
 
 
 def _by_windows(
-    scores: Scores, plan: Plan, labels: Labels, into: Gradients, add: AddGradients, share: float
-) -> Tensor:
-    """Return the gradient of dense rows; add those of hidden states and bias into their buffers."""
+    scores: Scores,
+    plan: Plan,
+    labels: Labels,
+    wanted: Wanted,
+    into: Gradients,
+    add: AddGradients,
+    share: float,
+) -> Gradients:
+    """Return the gradients of hidden states and dense rows; that of the bias is in `into`."""
     (weight,) = scores.rows.tensors()
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    edges = window_edges(len(weight))
-    tokens, *grids = _cut(plan, labels.ids, edges)
-    for number, (start, stop) in enumerate(pairwise(edges)):
-        window = slice(start, stop)
-        sums = _room(result, window)
-        part = Gradients(into.hidden, (sums,), None if into.bias is None else into.bias[window])
-        bias = None if scores.bias is None else scores.bias[window]
-        of_window = replace(scores, rows=DenseRows(weight[window]), bias=bias)
-        members = tokens[number]
-        label_backward(
-            of_window, labels.ids - start, labels.grad, part, plan.tile_bytes, tokens=members
-        )
-        cut = tuple(
-            _window_of(grid, window, skip[number], blocked[number])
-            for grid, skip, blocked in zip(plan.grids, grids[::2], grids[1::2], strict=True)
-        )
-        add(of_window, replace(plan, grids=cut, n_classes=stop - start), part)
-        result[window] = _shared(sums, share)
-    return result
+    hidden, (n_classes, width) = scores.hidden, weight.shape
+    kept = end = n_classes
+    if wanted.hidden and hidden.dtype.itemsize == 2 and 6 * len(hidden) <= n_classes:
+        # Of the last rows, two a token are lent to the hidden states' sums.
+        kept, end = (_aligned(n_classes - rows * len(hidden)) for rows in (3, 2))
+    least = _OWN_ROOM // (4 * width)
+    first = window_edges(0, kept, end, least)
+    second = window_edges(kept, n_classes, n_classes, least)
+    cut = _Cut.make(scores, plan, labels, first + second)
+
+    def add_rows(edges: list[int], states: Tensor | None) -> None:
+        for window in starmap(slice, pairwise(edges)):
+            sums = _room(result[window.stop : end if states is not None else None], window)
+            bias = None if into.bias is None else into.bias[window]
+            cut.add_labels(window, Gradients(None, (sums,), bias))
+            add(*cut.window(window), Gradients(states, (sums,), bias))
+            result[window] = _shared(sums, share)
+
+    states = None
+    if wanted.hidden:
+        states = gradient_buffer(hidden) if end == n_classes else _lent(result[end:], hidden.shape)
+        into_states = Gradients(states, None, None)
+        label_backward(scores, labels.ids, labels.grad, into_states, plan.tile_bytes)
+        if kept < n_classes:
+            add(*cut.window(slice(kept, n_classes)), into_states)
+    add_rows(first, states)
+    if states is not None:
+        rounded = states.to(hidden.dtype) if end < n_classes else narrowed(states, hidden.dtype)
+        states = None
+    add_rows(second, None)
+    return Gradients(rounded if wanted.hidden else None, (result,), into.bias)
 
 
-def _room(result: Tensor, window: slice) -> Tensor:
-    """Return zeros (window's rows, D) float32, behind the window in the memory of the result."""
-    shape = (window.stop - window.start, result.shape[1])
-    behind, n = result[window.stop :].view(-1), 2 * shape[0] * shape[1]
-    if behind.numel() < n:
-        return torch.zeros(shape, device=result.device)
-    return behind[:n].view(torch.float32).view(shape).zero_()
+def _aligned(number: int) -> int:
+    return number // MIN_TILE_SIDE * MIN_TILE_SIDE
 
 
-def _cut(plan: Plan, labels: Tensor, edges: list[int]) -> list[list[Tensor]]:
-    """Return, window by window, the places of the labels, and of each grid's skips and blocks.
+def _room(behind: Tensor, window: slice) -> Tensor:
+    """Return zeros (window's rows, D) float32, in the memory of the result's rows behind it."""
+    shape = torch.Size((window.stop - window.start, behind.shape[1]))
+    if behind.numel() < 2 * shape.numel():
+        return torch.zeros(shape, device=behind.device)
+    return _lent(behind, shape)
 
-    Sorted once, and the host waits once.
+
+def _lent(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Return float32 zeros in the memory of rows in half precision."""
+    return rows.view(-1)[: 2 * shape.numel()].view(torch.float32).view(shape).zero_()
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A problem of all classes, cut by its classes.
+
+    Args:
+        scores: of the problem.
+        plan: of the problem.
+        labels: of the problem.
+        orders: places of the labels, then of each grid's skips and blocks, sorted by class.
+        below: of each of these, how many lie below a window's edge.
     """
-    none = labels.new_empty(0)
-    keys = [labels]
-    for grid in plan.grids:
-        keys.append(none if grid.skip is None else grid.skip[:, 2])
-        keys.append(none if grid.blocked is None else grid.blocked)
-    at = torch.tensor(edges, device=labels.device)
-    orders = [key.contiguous().sort(stable=True) for key in keys]
-    bounds = torch.stack([torch.searchsorted(order.values, at) for order in orders]).tolist()
-    return [
-        [order.indices[first:last] for first, last in pairwise(bound)]
-        for order, bound in zip(orders, bounds, strict=True)
-    ]
+
+    scores: Scores
+    plan: Plan
+    labels: Labels
+    orders: list[Tensor]
+    below: list[dict[int, int]]
+
+    @classmethod
+    def make(cls, scores: Scores, plan: Plan, labels: Labels, edges: list[int]) -> _Cut:
+        """Sort once; the host waits once."""
+        none = labels.ids.new_empty(0)
+        keys = [labels.ids]
+        for grid in plan.grids:
+            keys.append(none if grid.skip is None else grid.skip[:, 2].contiguous())
+            keys.append(none if grid.blocked is None else grid.blocked)
+        at = torch.tensor(edges, device=none.device)
+        orders, bounds = [], []
+        for key in keys:
+            values, order = key.sort(stable=True)
+            orders.append(order)
+            bounds.append(torch.searchsorted(values, at))
+        below = [dict(zip(edges, bound, strict=True)) for bound in torch.stack(bounds).tolist()]
+        return cls(scores, plan, labels, orders, below)
+
+    def add_labels(self, window: slice, into: Gradients) -> None:
+        """Add the gradients of the rows of a window's labels."""
+        ids, plan = self.labels.ids - window.start, self.plan
+        members = self._members(0, window)
+        scores = self._scores(window)
+        label_backward(scores, ids, self.labels.grad, into, plan.tile_bytes, tokens=members)
+
+    def window(self, window: slice) -> tuple[Scores, Plan]:
+        """Return the problem of a window's classes."""
+        grids = tuple(
+            _window_of(
+                grid, window, self._members(2 * i + 1, window), self._members(2 * i + 2, window)
+            )
+            for i, grid in enumerate(self.plan.grids)
+        )
+        n_classes = window.stop - window.start
+        return self._scores(window), replace(self.plan, grids=grids, n_classes=n_classes)
+
+    def _scores(self, window: slice) -> Scores:
+        (weight,), bias = self.scores.rows.tensors(), self.scores.bias
+        bias = None if bias is None else bias[window]
+        return replace(self.scores, rows=DenseRows(weight[window]), bias=bias)
+
+    def _members(self, number: int, window: slice) -> Tensor:
+        below = self.below[number]
+        return self.orders[number][below[window.start] : below[window.stop]]
 
 
 def _window_of(grid: Grid, window: slice, skip: Tensor, blocked: Tensor) -> Grid:

@@ -188,6 +188,27 @@ def stream(
     return label_logits, merged
 
 
+def walked(
+    kernel: Kernel, plan: Plan, work: Callable[[Kernel, Plan], Result], *, may_differ: bool
+) -> Result:
+    """Return work(kernel, plan); with smaller tiles where memory runs out.
+
+    Args:
+        kernel: by which to walk the plan.
+        plan: to walk.
+        work: makes all that it adds into, so that what it did before it failed is gone.
+        may_differ: torch serves in place of a kernel that does not compile.
+    """
+
+    def by(kernel: Kernel) -> Result:
+        def sized(tile_bytes: int) -> Result:
+            return work(kernel, replace(plan, tile_bytes=tile_bytes))
+
+        return with_smaller_tiles(plan.tile_bytes, sized)
+
+    return or_by(cast(Kernel, stream_torch), kernel, by) if may_differ else by(kernel)
+
+
 @dataclass(frozen=True)
 class _How:
     """What is no tensor."""
@@ -204,30 +225,8 @@ class _How:
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
         return Scores(hidden, self.rows, bias, self.scale, self.softcap, self.autocast)
 
-    def walk(self, work: Callable[[Kernel, Plan], Result]) -> Result:
-        """Return walked(...) of the plan."""
-        return walked(self.kernel, self.may_differ, self.plan, work)
-
-
-def walked(
-    kernel: Kernel, may_differ: bool, plan: Plan, work: Callable[[Kernel, Plan], Result]
-) -> Result:
-    """Return work(kernel, plan), once more with smaller tiles, or by torch, if that fails.
-
-    Args:
-        kernel: what is tried first.
-        may_differ: torch may serve in its place.
-        plan: with tiles as asked for.
-        work: see with_smaller_tiles.
-    """
-
-    def by(kernel: Kernel) -> Result:
-        def sized(tile_bytes: int) -> Result:
-            return work(kernel, replace(plan, tile_bytes=tile_bytes))
-
-        return with_smaller_tiles(plan.tile_bytes, sized)
-
-    return or_by(cast(Kernel, stream_torch), kernel, by) if may_differ else by(kernel)
+    def walked(self, work: Callable[[Kernel, Plan], Result]) -> Result:
+        return walked(self.kernel, self.plan, work, may_differ=self.may_differ)
 
 
 class _Stream(torch.autograd.Function):
@@ -250,7 +249,9 @@ class _Stream(torch.autograd.Function):
 
         # Autocast would return a tile's products in low precision too.
         with without_autocast(hidden.device):
-            plan, own, merged, winner, seen = how.walk(walk)
+            plan, own, merged, winner, seen = walked(
+                how.kernel, how.plan, walk, may_differ=how.may_differ
+            )
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.how = replace(how, plan=plan)
         merged = merged[: plan.n_tokens].clone()
@@ -279,5 +280,5 @@ class _Stream(torch.autograd.Function):
             return gradients_of(scores, plan, Labels(labels, grad_own), wanted, add)
 
         with without_autocast(hidden.device):
-            found = how.walk(walk)
+            found = how.walked(walk)
         return None, None, found.hidden, found.bias, *(found.rows or ())

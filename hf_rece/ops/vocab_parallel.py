@@ -11,7 +11,6 @@ table under DistributedDataParallel. It stays on its process, and so does its op
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
 from hf_rece.ops.products import autocast_dtype, without_autocast
 from hf_rece.ops.shards import ShardedRows, VocabShards
-from hf_rece.ops.stream import Backend, Kernel, Result, choose_kernel, walked
+from hf_rece.ops.stream import Backend, Kernel, choose_kernel, walked
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 # ------------------------------------------------------------------------------------- local plans
@@ -146,10 +145,6 @@ class _How:
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
         return Scores(hidden, self.rows.local, bias, self.scale, self.softcap, self.autocast)
 
-    def walk(self, work: Callable[[Kernel, Plan], Result]) -> Result:
-        """Return walked(...) of the plan; work sends no messages."""
-        return walked(self.kernel, self.may_differ, self.plan, work)
-
     def own_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return which labels (N,) are of this process, and their rows; row 0 for the others."""
         return self.rows.shards.is_local(labels), self.rows.shards.localise(labels, 0)
@@ -171,13 +166,14 @@ class _ShardedStream(torch.autograd.Function):
         is_own, local = how.own_labels(labels)
 
         def walk(kernel: Kernel, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+            sized = replace(how, kernel=kernel, plan=plan)
             own = label_logits(scores, local, plan.tile_bytes)
             if plan.merge == "maximum":
-                return own, [_group_values(kernel, plan, scores, grid) for grid in plan.grids]
+                return own, [_group_values(sized, scores, grid) for grid in plan.grids]
             return own, [kernel.forward(scores, plan)[0]]
 
         with without_autocast(hidden.device):
-            own, values = how.walk(walk)
+            own, values = walked(how.kernel, plan, walk, may_differ=how.may_differ)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
@@ -210,7 +206,7 @@ class _ShardedStream(torch.autograd.Function):
             return gradients_of(scores, plan, of_labels, wanted, add, row_share=share)
 
         with without_autocast(hidden.device):
-            found = how.walk(walk)
+            found = walked(how.kernel, how.plan, walk, may_differ=how.may_differ)
         return None, None, found.hidden, found.bias, *(found.rows or ())
 
 
@@ -269,13 +265,13 @@ def _pieces(grid: Grid, scores: Scores, plan: Plan) -> list[Grid]:
     ]
 
 
-def _group_values(kernel: Kernel, plan: Plan, scores: Scores, grid: Grid) -> Tensor:
+def _group_values(how: _How, scores: Scores, grid: Grid) -> Tensor:
     """Return (G * n,) log-sum-exps of each token over the local classes of each of its groups."""
-    pieces = _pieces(grid, scores, plan)
-    return torch.cat([_values_of_piece(kernel, plan, scores, piece) for piece in pieces])
+    pieces = _pieces(grid, scores, how.plan)
+    return torch.cat([_values_of_piece(how, scores, piece) for piece in pieces])
 
 
-def _values_of_piece(kernel: Kernel, plan: Plan, scores: Scores, grid: Grid) -> Tensor:
+def _values_of_piece(how: _How, scores: Scores, grid: Grid) -> Tensor:
     # As a plan in which every pair of group and token is a token of its own.
     members = grid.tokens.reshape(-1).long()
     places = torch.arange(len(members), device=members.device)
@@ -284,5 +280,7 @@ def _values_of_piece(kernel: Kernel, plan: Plan, scores: Scores, grid: Grid) -> 
         own = torch.cat([grid.own_labels[members], grid.own_labels[-1:]])
     states = scores.hidden.index_select(0, members.clamp(max=len(scores.hidden) - 1))
     apart = replace(grid, tokens=places.view(grid.tokens.shape), own_labels=own)
-    plan = replace(plan, grids=(apart,), merge="logaddexp", n_tokens=len(members))
-    return kernel.forward(replace(scores, hidden=states), plan)[0][:-1]
+    plan = replace(how.plan, grids=(apart,), merge="logaddexp", n_tokens=len(members))
+    of_states = replace(scores, hidden=states)
+    merged, _, _ = how.kernel.forward(of_states, plan)
+    return merged[:-1]

@@ -1,5 +1,8 @@
 """The Triton kernels against the torch backend, in Triton's interpreter; on a GPU with -m gpu."""
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,10 +68,16 @@ def test_losses_equal_those_of_the_torch_backend(name, shaping, device):
 
 @on_every_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["cross_entropy", "sce", "bce"])
-def test_low_precision_is_accumulated_in_float32(name, dtype, device):
-    tensors = tensors_of(device, dtype=dtype)
-    plain, fused = (loss_and_grads(name, backend, *tensors) for backend in ("torch", "triton"))
+@pytest.mark.parametrize(
+    ("name", "width"), [("cross_entropy", 20), ("sce", 20), ("bce", 20), ("cross_entropy", 300)]
+)
+def test_low_precision_is_accumulated_in_float32(name, width, dtype, device):
+    tensors = tensors_of(device, width=width, dtype=dtype)
+    scale = min(1.0, 4 / width**0.5)
+    plain, fused = (
+        loss_and_grads(name, backend, *tensors, logit_scale=scale)
+        for backend in ("torch", "triton")
+    )
     # Products of the inputs as they are: the losses are those of float32 arithmetic.
     torch.testing.assert_close(fused[0], plain[0], **TOLERANCE)
     for left, right in zip(fused[3:], plain[3:], strict=True):
@@ -192,6 +201,38 @@ def test_frozen_inputs(frozen, width, device):
     assert_same("sampled_softmax", "triton", *tensors.values(), logit_scale=0.3)
 
 
+@on_every_device
+@pytest.mark.skipif(
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 12 * 2**30,
+    reason="some systems promise no more memory than there is",
+)
+@pytest.mark.parametrize("width", [16, 300])
+def test_numbers_beyond_32_bits_are_addressed(width, device):
+    # Of these 9 GB, a CPU touches a few pages.
+    stride = 2**30 + 16
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("a GPU keeps what it promises")
+    spread = torch.empty(2 * stride + width, dtype=torch.float32, device=device)
+    far = spread.as_strided((3, width), (stride, 1))
+    near = torch.randn(3, width, device=device)
+    far.copy_(near)
+    tokens, classes = (torch.tensor([[0, 2, 1]], dtype=torch.int32, device=device) for _ in "ab")
+    grad = torch.tensor([1.0, 0.5, -1.0, 0.0], device=device)
+    for sole in (None, classes):  # all classes in order, or gathered
+        plan = Plan((Grid(tokens, sole),), "logaddexp", 3, 3, 2**20)
+        found, wanted = (
+            run(
+                stream_triton,
+                Scores(vectors, DenseRows(vectors), None, 0.1, None),
+                plan,
+                grad,
+                3 * (True,),
+            )
+            for vectors in (far, near)
+        )
+        compare(wanted, found, plan.merge)
+
+
 # ---------------------------------------------------------------------------------------- any plan
 
 
@@ -201,16 +242,58 @@ def test_frozen_inputs(frozen, width, device):
 def test_any_plan(device, data):
     scores, plan, grad, wants = draw_case(data.draw, device)
     plain = run(stream_torch, scores, plan, grad, wants)
-    deterministic = data.draw(st.booleans())
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        fused, again = (run(stream_triton, scores, plan, grad, wants) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    compare(plain, run(stream_triton, scores, plan, grad, wants), plan.merge)
+
+
+@on_every_device
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_deterministic_run_adds_by_no_atomics(device, data):
+    scores, plan, grad, wants = draw_case(data.draw, device)
+    plain = run(stream_torch, scores, plan, grad, wants)
+    with pytest.MonkeyPatch.context() as patch:
+        launched = []
+        for name in ("hidden_kernel", "rows_kernel", "wide_kernel"):
+            patch.setattr(stream_triton, name, _Noting(getattr(stream_triton, name), launched))
+        torch.use_deterministic_algorithms(True)
+        try:
+            fused = run(stream_triton, scores, plan, grad, wants)
+        finally:
+            torch.use_deterministic_algorithms(False)
     compare(plain, fused, plan.merge)
-    if deterministic:
-        for left, right in zip((*fused[0], *fused[1]), (*again[0], *again[1]), strict=True):
-            assert left is right or torch.equal(left.nan_to_num(), right.nan_to_num())
+    # wide_kernel adds by nothing else.
+    assert not any(constants.get("ATOMIC", True) for constants in launched)
+
+
+class _Noting:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launched.append(constants)
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+@on_every_device
+@pytest.mark.parametrize("name", ["cross_entropy", "rece", "stratified"])
+def test_one_skip_a_token_is_found_without_a_sort(name, device, monkeypatch):
+    make, compared = triton_windows._skip_table, []
+
+    def both(grid, *shape):
+        found = make(grid, *shape)
+        if grid.skips_once and found is not None:
+            compared.append(torch.equal(found, make(replace(grid, skips_once=False), *shape)))
+        return found
+
+    monkeypatch.setattr(triton_windows, "_skip_table", both)
+    loss_and_grads(name, "triton", *tensors_of(device))
+    assert compared
+    assert all(compared)
 
 
 @on_every_device
