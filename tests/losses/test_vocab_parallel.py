@@ -202,7 +202,7 @@ def test_messages_depend_on_no_data_and_fit_together():
     uneven, alone = (in_processes(messages, 2, sizes) for sizes in ([5, 2], [0, 7]))
     for name in uneven[0]:
         every = [sent for found in (*uneven, *alone) for sent in found[name]]
-        names = [[message for message, _ in sent] for sent in every]
+        names = [[message for message, *_ in sent] for sent in every]
         assert all(each == names[0] for each in names), name
         assert {"topk": 2, "rank": 4}.get(name, 6) <= len(names[0]) <= 12, names[0]
         for of_processes in (uneven, alone):
