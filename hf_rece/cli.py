@@ -135,9 +135,11 @@ def train(words: Sequence[str] | None = None) -> None:
     types = (DataArguments, ModelArguments, TrainDefaults, SparsityArguments)
     data, model, training, sparsity = parse(types, words, "train")
     run = train_recommender(data, model, training, sparsity)
-    show_metrics({"most popular": run.baseline, str(run.model.config.loss_type): run.metrics})
-    show_recommendations(run)
-    Console().print(f"Model saved in {training.output_dir}")
+    console = Console(quiet=training.process_index > 0)
+    columns = {"most popular": run.baseline, str(run.model.config.loss_type): run.metrics}
+    show_metrics(columns, console)
+    show_recommendations(run, console=console)
+    console.print(f"Model saved in {training.output_dir}")
 
 
 def prepare(words: Sequence[str] | None = None) -> None:
@@ -188,8 +190,9 @@ def pretrain(words: Sequence[str] | None = None) -> None:
     text, model, training = parse(
         (TextArguments, NewModelArguments, PretrainDefaults), words, "pretrain"
     )
-    show_run(pretrain_model(text, model, training))
-    Console().print(f"Model saved in {training.output_dir}")
+    console = Console(quiet=training.process_index > 0)
+    show_run(pretrain_model(text, model, training), console)
+    console.print(f"Model saved in {training.output_dir}")
 
 
 def finetune(words: Sequence[str] | None = None) -> None:
@@ -207,8 +210,9 @@ def finetune(words: Sequence[str] | None = None) -> None:
         ) from None
     types = (room.FinetuneDataArguments, ModelConfig, room.FinetuneDefaults)
     data, model, training = parse(types, words, "finetune")
-    show_run(room.finetune(data, model, training))
-    Console().print(f"Saved in {training.output_dir}")
+    console = Console(quiet=training.process_index > 0)
+    show_run(room.finetune(data, model, training), console)
+    console.print(f"Saved in {training.output_dir}")
 
 
 def plan(words: Sequence[str] | None = None) -> None:

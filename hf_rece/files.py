@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
-from hf_rece.errors import WriteError
+from hf_rece.errors import DataError, WriteError
 
 # What starts by "_" is left out of what Trainer uploads.
 UNFINISHED, FINISHED = "_unfinished", "_finished"
@@ -42,6 +43,7 @@ def complete_files(
 
     Raises:
         WriteError: if the disk is full or the folder cannot be written.
+        DataError: as finish_files.
     """
     folder = Path(folder)
     part = folder / f"{UNFINISHED}-{last}"
@@ -63,27 +65,67 @@ def complete_files(
 def finish_files(folder: str | Path, last: str, *, replaced: Sequence[str] = ()) -> None:
     """Move the files that a killed process had written and begun to move; mostly there are none.
 
+    Processes that start together may all call it: one moves, the others wait for it.
+
     Args:
         folder: as complete_files takes it, and so on.
         last: see there.
         replaced: see there.
+
+    Raises:
+        DataError: if what is there was not left by complete_files: it would move files elsewhere.
     """
     folder = Path(folder)
     done = folder / f"{FINISHED}-{last}"
-    if (done / _NAMES).exists():
-        names = json.loads((done / _NAMES).read_text("utf-8"))
-        if len(names) > 1 and (done / last).exists():
-            (folder / last).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.name not in names and any(fnmatch(path.name, each) for each in replaced):
-                path.unlink()
-        for name in sorted(names, key=lambda name: name == last):
-            if (done / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (done / name).replace(folder / name)
-        sync(folder)
-    if done.exists():
+    # The cache of the Hub stores files as links, and no process of ours has been killed in it.
+    if not done.exists() or done.is_symlink() or (done / _NAMES).is_symlink():
+        return
+    with suppress(FileNotFoundError), FileLock(done / "_lock"):  # who waited finds nothing left
+        if (done / _NAMES).is_file():
+            _move_all(done, folder, last, replaced)
         shutil.rmtree(done)
+
+
+def _move_all(done: Path, folder: Path, last: str, replaced: Sequence[str]) -> None:
+    names = _names_of(done / _NAMES)
+    left = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
+    names_left = [name for name in sorted(names, key=lambda name: name == last) if name in left]
+    for name in names_left:
+        parents = list(PurePath(name).parents)[:-1]
+        if (folder / name).is_dir() or any((folder / parent).is_symlink() for parent in parents):
+            raise _not_ours(done, f"{name!r} would be moved elsewhere")
+    if len(names) > 1 and last in names_left:
+        (folder / last).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        stale = path.name not in names and any(fnmatch(path.name, each) for each in replaced)
+        if stale and path.is_file():
+            path.unlink()
+    for name in names_left:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / name).replace(folder / name)
+    sync(folder)
+
+
+def _names_of(path: Path) -> list[str]:
+    """Return the names of files that complete_files wrote down.
+
+    Raises:
+        DataError: for what is no list of names within a folder.
+    """
+    try:
+        names = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _not_ours(path.parent, f"{path.name} is no list of names")
+    for name in map(PurePath, names):
+        if name.is_absolute() or ".." in name.parts or not name.parts:
+            raise _not_ours(path.parent, f"{path.name} names a file elsewhere, {str(name)!r}")
+    return names
+
+
+def _not_ours(done: Path, problem: str) -> DataError:
+    return DataError(str(done), problem, "Delete it if you trust the rest of the folder")
 
 
 @contextmanager

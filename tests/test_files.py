@@ -1,10 +1,12 @@
 """Files that appear when they are complete."""
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import suppress
 
 import pytest
@@ -89,6 +91,41 @@ def test_whoever_dies_while_files_move_has_written_all(dies_at, tmp_path, monkey
     finish_files(tmp_path, "config", **stale)
     assert names(tmp_path) == ["config", "items", "weights"]
     assert all(path.read_text() == "new" for path in tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_processes_that_start_together_finish_files_once(tmp_path, monkeypatch):
+    def together(text, loads=json.loads):
+        time.sleep(max(0, start - time.time()))
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", together)
+    for attempt in range(5):
+        start = time.time() + 0.1
+        folder = tmp_path / str(attempt)
+        done = folder / "_finished-config"
+        done.mkdir(parents=True)
+        (folder / "config").write_text("old")
+        wanted = ["config", *(f"{i:03d}" for i in range(100))]
+        for name in wanted:
+            (done / name).write_text("new")
+        (done / "_names.json").write_text(json.dumps(wanted))
+        children = [in_child(lambda: finish_files(folder, "config")) for _ in range(4)]  # noqa: B023
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+        assert names(folder) == sorted(wanted)
+        assert (folder / "config").read_text() == "new"
+
+
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
 
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_rece import cli, generate_interactions
 from hf_rece.data.prepare import prepare_log
@@ -55,13 +56,29 @@ COMMANDS = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in COMMANDS for path in (RECIPES / folder).glob("*.yaml")),
+    ids=lambda path: path.name,
+)
 def test_every_yaml_file_parses(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
     command, types = COMMANDS[path.parent.name]
     words = [str(path), "--output_dir", str(tmp_path), "--bf16", "false"]
     *_, training = cli.parse(types(), words, command)
     assert training.loss_type == settings["loss_type"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")]
+)
+def test_accelerate_takes_every_configuration(name, kind):
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes) == (kind, 2)
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == 3
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
@@ -116,6 +133,44 @@ def test_a_peer_that_cannot_run_is_shown_with_its_reason(monkeypatch):
     huge = Shape(100_000, 10_000_000, 64)
     assert reason_not_to_run("dense", huge, 1e11, 60).startswith("would need")
     assert reason_not_to_run("cross_entropy", huge, 1e11, 60).startswith("would take")
+
+
+WRONG = "@cases(5, st.integers(0))\ndef test_wrong"
+PROPERTIES = """
+from hypothesis import strategies as st
+from tests.fuzz.cases import cases
+
+@cases(5, st.integers(0))
+def test_right(case):
+    assert case >= 0
+
+@cases(5, st.integers(0))
+def test_wrong(case):
+    assert case < 0
+"""
+
+
+@pytest.mark.parametrize("outcome", ["fails", "ends early", "holds"])
+def test_fuzzing_fails_with_a_property(outcome, monkeypatch, tmp_path):
+    text = PROPERTIES if outcome == "fails" else PROPERTIES.partition(WRONG)[0]
+    if outcome == "ends early":
+        text = text.replace("st.integers(0)", "st.booleans()")
+    (tmp_path / "test_it.py").write_text(text)
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    import fuzz
+
+    monkeypatch.setattr(fuzz, "FOLDER", tmp_path)
+    monkeypatch.setattr(fuzz, "environment", dict)
+    monkeypatch.setattr(fuzz, "RESULT", tmp_path / "fuzz.json")
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "7"])
+    if outcome == "holds":
+        fuzz.main()
+    else:
+        name = "test_wrong: failed" if outcome == "fails" else "test_right: 2 cases of 7"
+        with pytest.raises(SystemExit, match=rf"test_it.py: {name}"):
+            fuzz.main()
+    found = json.loads((tmp_path / "fuzz.json").read_text())["files"]["it"]
+    assert found["test_right"]["outcome"] == "passed"
 
 
 def test_results_hold_no_path():

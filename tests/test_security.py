@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig
 
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
 from hf_rece.errors import ArgumentError, DataError, HfReceError
@@ -21,6 +21,9 @@ from tests.training.test_trainer import make_data, make_trainer
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_rece"
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz12345678"
 ITEMS = [f"item {i}" for i in range(29)]
+CONFIG = RecommenderConfig(
+    backbone=SASRecConfig(hidden_size=8, max_position_embeddings=10), vocab_size=30
+)
 
 data = pytest.fixture(make_data, scope="module", name="data")
 
@@ -28,8 +31,7 @@ data = pytest.fixture(make_data, scope="module", name="data")
 @pytest.fixture
 def saved(tmp_path):
     """Return save(changes of config, of its backbone) -> the folder of a model."""
-    backbone = SASRecConfig(hidden_size=8, max_position_embeddings=10)
-    model = RecommenderModel(RecommenderConfig(backbone=backbone, vocab_size=30))
+    model = RecommenderModel(CONFIG)
     model.tokenizer = ItemTokenizer(items=ITEMS)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
@@ -157,6 +159,32 @@ def test_a_backbone_that_only_the_repository_knows_is_refused(saved):
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("place", ["model", "backbone", "of the backbone, by the model"])
+@pytest.mark.parametrize("name", ["attn_implementation", "experts_implementation"])
+def test_a_kernel_from_elsewhere_is_refused(name, place, saved):
+    if place == "model":
+        folder = saved({name: "org/kernel"})
+    elif place == "backbone":
+        folder = saved((), {name: "org/kernel"})
+    else:
+        folder = saved({f"_{name}": {"backbone": "org/kernel:function"}})
+    with pytest.raises(ArgumentError, match=rf"{name}='org/kernel.*might be code from elsewhere"):
+        RecommenderModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("config", [RecommenderConfig, SASRecConfig])
+def test_no_configuration_of_ours_names_a_kernel(config):
+    with pytest.raises(ArgumentError, match="attn_implementation='org/kernel'"):
+        config(attn_implementation="org/kernel")
+    assert config(attn_implementation="eager")._attn_implementation == "eager"
+
+
+def test_a_configuration_from_elsewhere_names_no_kernel():
+    llama = LlamaConfig(attn_implementation="org/kernel")
+    with pytest.raises(ArgumentError, match="attn_implementation='org/kernel'"):
+        RecommenderConfig(backbone=llama)
+
+
 # ---------------------------------------------------------------------------------- files elsewhere
 
 
@@ -214,6 +242,83 @@ def test_an_index_of_another_size_is_refused(saved, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_rows": 10**12}))
     with pytest.raises(DataError, match="n_rows is"):
         ItemIndex.load(tmp_path)
+
+
+FINISHED = "_finished-config.json"
+
+
+def leave(folder, names, *there):
+    """Leave in a folder what complete_files leaves when it is killed while files move."""
+    (folder / FINISHED).mkdir()
+    for name in there:
+        (folder / FINISHED / name).parent.mkdir(exist_ok=True)
+        (folder / FINISHED / name).write_text("evil")
+    text = names if isinstance(names, str) else json.dumps(names)
+    (folder / FINISHED / "_names.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "../elsewhere"],
+        ["{elsewhere}"],
+        ["deep/../../elsewhere"],
+        [""],
+        ["config.json", 3],
+        {"config.json": 1},
+        "config.json",
+        "[" * 100_000,
+        "\udce9",
+        "null",
+    ],
+    ids=lambda names: str(names)[:20].encode("ascii", "replace").decode(),
+)
+def test_what_a_killed_process_left_moves_nothing_elsewhere(names, saved, tmp_path):
+    folder = saved()
+    if names == "\udce9":
+        leave(folder, [], "config.json")
+        (folder / FINISHED / "_names.json").write_bytes(b"\xff")
+    else:
+        text = names if isinstance(names, str) else json.dumps(names)
+        leave(folder, text.replace("{elsewhere}", str(tmp_path / "elsewhere")), "config.json")
+    (folder / "elsewhere").write_text("evil")  # "../elsewhere" of what was left
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for load in (RecommenderModel.from_pretrained, RecommenderModel(CONFIG).save_pretrained):
+        with pytest.raises(DataError, match=rf"{FINISHED}: .* Delete it"):
+            load(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_a_killed_process_left_is_not_moved_through_links(saved, tmp_path):
+    folder = saved()
+    (tmp_path / "home").mkdir()
+    (folder / "deep").symlink_to(tmp_path / "home")
+    leave(folder, ["deep/.profile"], "deep/.profile")
+    with pytest.raises(DataError, match=r"'deep/.profile' would be moved elsewhere"):
+        RecommenderModel.from_pretrained(folder)
+    assert not any((tmp_path / "home").iterdir())
+
+
+def test_files_elsewhere_are_not_moved_here(saved, tmp_path):
+    folder = saved()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "key").write_text("secret")
+    leave(folder, ["deep/key", "model.safetensors"])
+    (folder / FINISHED / "deep").symlink_to(tmp_path / "home")
+    RecommenderModel.from_pretrained(folder)
+    assert (tmp_path / "home" / "key").read_text() == "secret"
+    assert not (folder / "deep").exists()
+
+
+def test_a_snapshot_of_the_hub_is_left_alone(saved, tmp_path):
+    folder = saved()
+    leave(folder, ["config.json"], "config.json")
+    names = folder / FINISHED / "_names.json"
+    names.rename(tmp_path / "blob")
+    names.symlink_to(tmp_path / "blob")
+    RecommenderModel.from_pretrained(folder)
+    assert (folder / FINISHED / "config.json").read_text() == "evil"
 
 
 # -------------------------------------------------------------------------------------------- sizes

@@ -28,16 +28,20 @@ class TableHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.rows.n_rows)) if bias else None
 
     @property
+    def table(self) -> nn.Module:
+        """The table, its own or the one that it is tied to."""
+        return self.tied_table[0] if self.own_table is None else self.own_table
+
+    @property
     def rows(self) -> OutputRows:
         """The table's output rows.
 
         Raises:
             TypeError: for a table that has none.
         """
-        table = self.tied_table[0] if self.own_table is None else self.own_table
-        if not isinstance(table, OutputRows):
-            raise TypeError(f"{type(table).__name__} has no output rows")
-        return table
+        if not isinstance(self.table, OutputRows):
+            raise TypeError(f"{type(self.table).__name__} has no output rows")
+        return self.table
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits (..., C): what this package avoids, for whoever wants them all the same."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.gathered import forward_replaced
 from hf_rece.errors import ArgumentError
 from hf_rece.head.carrier import LossCarrier
 from hf_rece.head.large_vocab_head import LargeVocabHead, exact_losses, predictions
@@ -320,9 +321,6 @@ def _losses_for_logits(
     """Let the output layer's call return losses in the place of logits."""
     state: _State = vars(model)[_STATE]
     layer = model.get_output_embeddings()
-    # Where Accelerate offloads, its own forward moves the weights and then calls this one.
-    slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
-    own = vars(layer).get(slot)
 
     def losses_in_place_of_logits(hidden: Tensor, *more: Any, **options: Any) -> LossCarrier:
         if more or options:
@@ -357,11 +355,5 @@ def _losses_for_logits(
             losses.unsqueeze(-1), labels.unsqueeze(-1), n_classes, name, call.applied.append
         )
 
-    vars(layer)[slot] = losses_in_place_of_logits
-    try:
+    with forward_replaced(layer, losses_in_place_of_logits):
         yield
-    finally:
-        if own is None:
-            del vars(layer)[slot]
-        else:
-            vars(layer)[slot] = own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -11,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_rece.errors import ArgumentError
 from hf_rece.models.sasrec import SASRecConfig, SASRecModel
+from hf_rece.models.settings import check_settings, clear_settings_errors
 from hf_rece.models.sizes import check_sizes
 
 # In transformers' list of causal language models, but their plain forward sees the whole sequence.
@@ -29,7 +31,7 @@ def as_backbone(
 
     Raises:
         ArgumentError: for what is no configuration, an architecture of transformers that is no
-            decoder, or sizes that no model has.
+            decoder, settings that it cannot use, or sizes that no model has.
     """
     if not isinstance(backbone, dict | PreTrainedConfig | None):
         raise ArgumentError(
@@ -41,7 +43,9 @@ def as_backbone(
         known = model_type == SASRecConfig.model_type  # whether or not it is registered
         if not known and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
             raise _no_decoder(model_type)
-        config = SASRecConfig(**settings) if known else AutoConfig.for_model(model_type, **settings)
+        with clear_settings_errors("backbone", model_type):
+            make = SASRecConfig if known else partial(AutoConfig.for_model, model_type)
+            config = make(**settings)
     else:
         config = SASRecConfig() if backbone is None else copy.deepcopy(backbone)
     # Labels are aligned with the inputs: a model that sees later items would read the answer.
@@ -51,6 +55,7 @@ def as_backbone(
     if theirs and (sees_later or not is_decoder):
         raise _no_decoder(config.model_type)
     check_sizes(config)
+    check_settings(config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     config.name_or_path = ""  # may be a path of this machine, which nobody else needs to know
@@ -74,15 +79,19 @@ def make_backbone(config: Any, *, own_table: bool) -> PreTrainedModel:
         config: as as_backbone returns it.
         own_table: with its input embeddings; otherwise with the fewest rows that it can be made of,
             for a table that takes their place.
+
+    Raises:
+        ArgumentError: for settings that it cannot be made of.
     """
     vocab_size = config.vocab_size
     if not own_table:
         config.vocab_size = (config.pad_token_id or 0) + 1
     try:
-        if isinstance(config, SASRecConfig):
-            return SASRecModel(config)
-        model: PreTrainedModel = AutoModel.from_config(config)
-        return model
+        with clear_settings_errors("backbone", config.model_type):
+            if isinstance(config, SASRecConfig):
+                return SASRecModel(config)
+            model: PreTrainedModel = AutoModel.from_config(config)
+            return model
     finally:
         config.vocab_size = vocab_size
 

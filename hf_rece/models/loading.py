@@ -13,15 +13,16 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece.models.settings import FOREIGN, reason_of
 
 SOURCE = "pretrained_model_name_or_path"
 _OPTIONS = (
@@ -76,12 +77,10 @@ def damaged_settings(source: str, file: str) -> Iterator[None]:
         yield
     except HfReceError:
         raise
-    except (
-        ValueError, TypeError, LookupError, AttributeError, OverflowError, StrictDataclassError
-    ) as error:  # fmt: skip
+    except FOREIGN as error:
         raise DataError(
             f"{source}, {file}",
-            f"damaged, or written by hand ({_first_line(error)})",
+            f"damaged, or written by hand ({reason_of(error)})",
             "Copy or download it again, or save the model again",
         ) from error
 
@@ -102,6 +101,8 @@ def check_config(source: str, config_class: type[PreTrainedConfig], hub: Mapping
         config = config_class.from_pretrained(source, **hub)
         if not isinstance(config.dtype, torch.dtype | str | None):
             raise TypeError(f"dtype is {config.dtype!r}")
+        if (quantization := getattr(config, "quantization_config", None)) is not None:
+            AutoQuantizationConfig.from_dict(quantization)
 
 
 def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
@@ -223,9 +224,9 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
                 "Copy or download it again, from the Hub with force_download=True",
             ) from error
         raise
-    except StrictDataclassError as error:
-        raise DataError(
-            source, f"its {CONFIG_NAME} cannot be used ({_first_line(error)})", "Save it again"
+    except ImportError as error:
+        raise ArgumentError(
+            SOURCE, source, f"it needs what is not installed ({reason_of(error)})", "Install it"
         ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error) and "CONVERSION" not in str(error):

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.gathered import call_gathered
 from hf_rece.embeddings.item_table import learn_item_table
 from hf_rece.embeddings.sharded import ShardedLayer
 from hf_rece.embeddings.table_head import TableHead
@@ -22,6 +23,7 @@ from hf_rece.models.item_tables import COMPRESSED, initialise_table, item_tables
 from hf_rece.models.recommendation import RecommenderOutput
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.recommending import Recommending
+from hf_rece.models.settings import clear_settings_errors
 from hf_rece.models.vocab_parallel import (
     initialise_sharded,
     keep_own_rows,
@@ -64,7 +66,6 @@ class RecommenderModel(Recommending):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SASRecLayer"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -73,7 +74,8 @@ class RecommenderModel(Recommending):
         vocab_parallel: bool = False,
         vocab_parallel_size: int | None = None,
     ) -> None:
-        super().__init__(config)
+        with clear_settings_errors("config", config.model_type):
+            super().__init__(config)
         if vocab_parallel or vocab_parallel_size is not None:
             self.vocab_shards = shards_of_processes(config, vocab_parallel_size)
         tables: Any = item_tables(config)
@@ -94,6 +96,7 @@ class RecommenderModel(Recommending):
             if config.tie_word_embeddings:
                 self._keys_to_ignore_on_save = {"item_head.weight"}
         self.tokenizer: ItemTokenizer | None = None
+        self._reduced_elsewhere: list[str] = []
         self.post_init()
 
     @torch.no_grad()
@@ -150,7 +153,12 @@ class RecommenderModel(Recommending):
         return [
             *(name for name, _ in self.named_buffers() if name.endswith((".codes", ".signatures"))),
             *self.names_of_own_rows(),
+            *self._reduced_elsewhere,
         ]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self._reduced_elsewhere = names
 
     def learn_item_tables(self, train: Dataset, *, seed: int = 0) -> None:
         """Give new compressed tables the codes or signatures of a training log, before training.
@@ -240,27 +248,32 @@ class RecommenderModel(Recommending):
         self, states: Tensor, targets: Tensor, seen: Tensor | None, rank_k: int | None
     ) -> RecommenderOutput:
         """Return the exact losses of targets (N,) and, with rank_k, their ranks."""
-        terms, excluded = as_rows(self.item_head, states), self._excluded()
+        excluded = self._excluded()
         shaping = {n: v for n, v in (self.config.loss_kwargs or {}).items() if n in LOGIT_SHAPING}
-        losses = cross_entropy_loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            excluded_ids=excluded,
-            reduction="none",
-            **shaping,
-        )
-        output = RecommenderOutput(losses=losses)
-        if rank_k is not None and isinstance(terms.rows, ShardedRows):
-            output.greater, output.tied, output.topk_ids = rank_of_own(
-                terms, targets, rank_k, excluded, seen
+
+        def compute(states: Tensor) -> tuple[Tensor, ...]:
+            terms = as_rows(self.item_head, states)
+            losses = cross_entropy_loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                excluded_ids=excluded,
+                reduction="none",
+                **shaping,
             )
-        elif rank_k is not None:
+            if rank_k is None:
+                return (losses,)
+            if isinstance(terms.rows, ShardedRows):
+                return losses, *rank_of_own(terms, targets, rank_k, excluded, seen)
             search: Any = {"bias": terms.bias, "excluded_ids": excluded, "seen_ids": seen}
-            output.greater, output.tied = label_rank(terms.hidden, terms.rows, targets, **search)
-            output.topk_ids = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
-        return output
+            greater, tied = label_rank(terms.hidden, terms.rows, targets, **search)
+            best = streamed_topk(terms.hidden, terms.rows, rank_k, **search)[1]
+            return losses, greater, tied, best
+
+        losses, *ranks = call_gathered(self.item_head, compute, states)
+        greater, tied, best = ranks or (None, None, None)
+        return RecommenderOutput(losses=losses, greater=greater, tied=tied, topk_ids=best)
 
     def _prepare_table(self) -> None:
         table = self.get_input_embeddings()
@@ -291,14 +304,18 @@ class RecommenderModel(Recommending):
         loss = build_loss(self.config.loss_type, **knobs, excluded_ids=excluded)
         if getattr(loss.config, "shared_by", None) == "sequence":
             states, targets = hidden, labels  # these negatives need to know the sequences
-        terms = as_rows(self.item_head, states)
-        return loss(
-            terms.hidden,
-            terms.rows,
-            targets,
-            bias=terms.bias,
-            num_items_in_batch=num_items_in_batch,
-        )
+
+        def compute(states: Tensor) -> Tensor:
+            terms = as_rows(self.item_head, states)
+            return loss(
+                terms.hidden,
+                terms.rows,
+                targets,
+                bias=terms.bias,
+                num_items_in_batch=num_items_in_batch,
+            )
+
+        return call_gathered(self.item_head, compute, states)
 
     def _excluded(self) -> Tensor | None:
         """Return padding, which is never recommended."""

@@ -13,9 +13,11 @@ from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.losses.checks import check_between
 from hf_rece.models.backbone import as_backbone
+from hf_rece.models.settings import refuses_by_name
 from hf_rece.models.sizes import check_size
 
 
+@refuses_by_name
 @strict
 class RecommenderConfig(PreTrainedConfig):
     """Configuration of RecommenderModel.
@@ -35,7 +37,8 @@ class RecommenderConfig(PreTrainedConfig):
 
     Raises:
         ArgumentError: for a value out of range, an unknown loss, knob, table or setting, a
-            reduction other than "mean", a backbone that is no decoder, or sizes that no model has.
+            reduction other than "mean", a backbone that is no decoder, sizes that no model has, or
+            other settings that transformers cannot use.
     """
 
     model_type = "hf_rece_recommender"

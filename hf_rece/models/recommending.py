@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
+from hf_rece.embeddings.gathered import call_gathered
 from hf_rece.embeddings.output_terms import OutputTerms
 from hf_rece.errors import ArgumentError
 from hf_rece.models.growth import GrowingCatalogue
@@ -59,8 +61,8 @@ class Recommending(GrowingCatalogue):
     ) -> list[list[Recommendation]]:
         """Return the k best next items of each history, best first, in the user's own item ids.
 
-        With a vocabulary that is cut over processes, all that hold it together ask the same and get
-        the same answer; so with user_vectors and item_vectors.
+        With a vocabulary that is cut over processes, or a model that FSDP2 cuts, all that hold it
+        together ask the same and get the same answer; so with user_vectors and item_vectors.
 
         Items that the model does not know are left out of a history, with one warning that names
         them. A history without a known item gets an empty answer.
@@ -92,14 +94,12 @@ class Recommending(GrowingCatalogue):
         answers: list[list[Recommendation]] = [[] for _ in histories]
         with _evaluating(self):
             for places, batch in _batches(known, batch_size):
-                terms = self._user_terms(tokenizer, batch)
                 limits: Any = {"excluded_ids": denied, "allowed_ids": allowed}
                 if filter_seen:
                     limits["seen_ids"] = _padded(tokenizer, batch, self.device)
-                if index is None:
-                    found = streamed_topk(terms.hidden, terms.rows, k, bias=terms.bias, **limits)
-                else:
-                    found = index.search(terms, k, **limits)
+                search = functools.partial(self._search, k, index, limits)
+                states = self._last_states(tokenizer, batch)
+                found = call_gathered(self.item_head, search, states)
                 for place, scores, ids in zip(places, *(t.tolist() for t in found), strict=True):
                     answers[place] = named_recommendations(tokenizer, scores, ids)
         return answers
@@ -130,7 +130,8 @@ class Recommending(GrowingCatalogue):
         vectors = empty.new_full((len(known), empty.shape[-1]), torch.nan)
         with _evaluating(self):
             for places, batch in _batches(known, batch_size):
-                vectors[places] = self._user_terms(tokenizer, batch).hidden
+                states = self._last_states(tokenizer, batch)
+                vectors[places] = self.output_terms(states).hidden
         return vectors
 
     @torch.no_grad()
@@ -152,14 +153,19 @@ class Recommending(GrowingCatalogue):
         """
         tokenizer = self.own_tokenizer()
         self._ask_together(items=items)
-        rows = self.output_terms().rows
         ids = torch.arange(1, len(tokenizer), device=self.device)
         if items is not None:
             ids = torch.tensor(tokenizer.convert_items_to_ids(items), device=self.device)
-        vectors = torch.empty(len(ids), rows.width, dtype=self.dtype, device=self.device)
-        for part, out in zip(ids.split(_ITEMS_AT_ONCE), vectors.split(_ITEMS_AT_ONCE), strict=True):
-            out.copy_(rows.rows(part))
-        return vectors
+
+        def read(no_states: Tensor) -> Tensor:
+            rows = self.output_terms(no_states).rows
+            vectors = no_states.new_empty(len(ids), rows.width)
+            pieces = zip(ids.split(_ITEMS_AT_ONCE), vectors.split(_ITEMS_AT_ONCE), strict=True)
+            for part, out in pieces:
+                out.copy_(rows.rows(part))
+            return vectors
+
+        return call_gathered(self.item_head, read, self._no_states())
 
     def iter_item_vectors(
         self, *, items_at_once: int = _ITEMS_AT_ONCE
@@ -177,10 +183,11 @@ class Recommending(GrowingCatalogue):
 
     def output_terms(self, states: Tensor | None = None) -> OutputTerms:
         """Return what the output layer computes of states (N, D), as rows; None for no states."""
-        if states is None:
-            shape = (0, self.config.hidden_size)
-            states = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return as_rows(self.item_head, states)
+        return as_rows(self.item_head, self._no_states() if states is None else states)
+
+    def _no_states(self) -> Tensor:
+        shape = (0, self.config.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def own_tokenizer(self) -> ItemTokenizer:
         """Return the tokenizer.
@@ -218,8 +225,17 @@ class Recommending(GrowingCatalogue):
         excluded = [*([] if pad is None else [pad]), *sorted(denied), *spare]
         return allowed, torch.tensor(excluded, dtype=torch.long, device=self.device)
 
-    def _user_terms(self, tokenizer: ItemTokenizer, histories: list[list[Item]]) -> OutputTerms:
-        """Return the output layer's terms of the histories' last states (N, D)."""
+    def _search(
+        self, k: int, index: ItemSearch | None, limits: dict[str, Any], states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores and ids (N, k) of the best items at states (N, D)."""
+        terms = self.output_terms(states)
+        if index is None:
+            return streamed_topk(terms.hidden, terms.rows, k, bias=terms.bias, **limits)
+        return index.search(terms, k, **limits)
+
+    def _last_states(self, tokenizer: ItemTokenizer, histories: list[list[Item]]) -> Tensor:
+        """Return the last state (N, D) of each history."""
         length = self.config.longest_history
         batch = tokenizer(
             histories,
@@ -231,7 +247,7 @@ class Recommending(GrowingCatalogue):
         ).to(self.device)
         hidden = self.backbone(**batch).last_hidden_state
         last = batch["attention_mask"].sum(1) - 1
-        return self.output_terms(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 @contextmanager

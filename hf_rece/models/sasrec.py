@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses.checks import check_between
+from hf_rece.models.settings import refuses_by_name
 from hf_rece.models.sizes import check_sizes
 
 
+@refuses_by_name
 @strict
 class SASRecConfig(PreTrainedConfig):
     """Configuration of SASRecModel.
@@ -74,6 +77,10 @@ class SASRecConfig(PreTrainedConfig):
             check_between("intermediate_size", self.intermediate_size, 1)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
             raise ArgumentError("dropout", self.dropout, "no probability", "Pass 0 to 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ArgumentError(name, value, "no number from 0", "Pass one")
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(
                 "num_attention_heads",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,8 +55,50 @@ class Chunks:
         return torch.cat([numbers, numbers.new_zeros(1)])
 
 
+@dataclass
+class _SharedSeed:
+    """Where directions come from within shared_directions.
+
+    Args:
+        seed: of the generators.
+        generators: of the devices that drew any.
+    """
+
+    seed: int
+    generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator of a device."""
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+
+_SHARED: ContextVar[_SharedSeed | None] = ContextVar("shared_directions", default=None)
+
+
+@contextmanager
+def shared_directions(seed: int) -> Iterator[None]:
+    """Let directions depend on `seed` alone, where the caller gives no generator for them.
+
+    Processes that hash tokens of their own do so by the same directions; whatever else is drawn
+    stays each process's own. A process that needs more directions than another draws others.
+
+    Args:
+        seed: the same in all processes.
+    """
+    token = _SHARED.set(_SharedSeed(seed))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 def random_directions(n: int, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return (n, D) standard normal directions on the device of `hidden` (N, D)."""
+    shared = _SHARED.get()
+    if generator is None and shared is not None:
+        generator = shared.generator(hidden.device)
     return torch.randn(
         n,
         hidden.shape[1],

@@ -51,7 +51,8 @@ def language_model_card(
     )
     loss_type = str(loss["loss_type"])
     knobs = {knob: value for knob, value in loss.items() if knob != "loss_type"}
-    columns = {when: _figures(figures, f"_{when}") for when in ("before", "after")}
+    times = {when: _figures(figures, f"_{when}") for when in ("before", "after")}
+    columns = {when: found for when, found in times.items() if found}
     sections = {
         "": f"Trained with the loss {loss_text(loss_type, knobs)} of hf_rece {__version__}, "
         f"without logits. It is a model of {library} like any other.",

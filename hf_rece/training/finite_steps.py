@@ -81,7 +81,7 @@ class FiniteSteps(Trainer):
     def _refuse(self, model: nn.Module) -> None:
         """Skip the step, or raise NonfiniteError."""
         step = self.state.global_step + 1
-        weights = [n for n, w in model.named_parameters() if not bool(all_finite(w.detach()))]
+        weights = [n for n, w in model.named_parameters() if not bool(all_finite(_own(w.detach())))]
         broken = self.accelerator.reduce(
             torch.tensor([float(bool(weights))], device=self.args.device), "sum"
         )
@@ -125,9 +125,14 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     found = []
     for parameter in parameters:
         if parameter.grad is not None:
-            own = getattr(parameter.grad, "_local_tensor", parameter.grad)  # of a DTensor
+            own = _own(parameter.grad)
             found.append(all_finite(own._values() if own.is_sparse else own))
     return torch.stack([each.to(found[0].device) for each in found]) if found else torch.ones(0)
+
+
+def _own(tensor: Any) -> Any:
+    """Return what this process has of a tensor that FSDP2 may have cut."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _whole(norm: Any) -> Any:

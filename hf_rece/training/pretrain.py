@@ -69,7 +69,7 @@ class LanguageModelRun:
 
     Args:
         trainer: with the trained model.
-        before: exact evaluation before training.
+        before: exact evaluation before training; empty with DeepSpeed.
         after: exact evaluation after training.
         tokens_per_second: input tokens trained on, a second.
         peak_mib: largest memory of the accelerator, or of the process on a CPU.
@@ -163,7 +163,8 @@ def run_training(
         base_model: Hub id or folder of what is fine-tuned.
     """
     readme = readme_of_somebody(trainer.args.output_dir)
-    before = trainer.evaluate()
+    # DeepSpeed cuts a model anew for training: it cannot have been evaluated before.
+    before = {} if trainer.is_deepspeed_enabled else trainer.evaluate()
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     after = trainer.evaluate()
     seconds = result.metrics["train_runtime"]
@@ -195,7 +196,7 @@ def summary(run: LanguageModelRun) -> dict[str, float]:
     return {**exact, "tokens_per_second": run.tokens_per_second, "peak_mib": run.peak_mib}
 
 
-def show_run(run: LanguageModelRun) -> None:
+def show_run(run: LanguageModelRun, console: Console | None = None) -> None:
     """Print the exact metrics before and after training, speed and memory."""
     table = Table(title="Held-out text, exact over the whole vocabulary")
     for name in ("metric", "before", "after"):
@@ -203,8 +204,8 @@ def show_run(run: LanguageModelRun) -> None:
     figures = summary(run)
     for name in ("perplexity", "loss", "mean_token_accuracy", "entropy"):
         if f"{name}_after" in figures:
-            pair = (f"{figures[f'{name}_{when}']:,.4f}" for when in ("before", "after"))
-            table.add_row(name, *pair)
-    console = Console()
+            pair = (figures.get(f"{name}_{when}") for when in ("before", "after"))
+            table.add_row(name, *("" if value is None else f"{value:,.4f}" for value in pair))
+    console = console or Console()
     console.print(table)
     console.print(f"{run.tokens_per_second:,.0f} tokens/s, peak memory {run.peak_mib:,.0f} MiB")

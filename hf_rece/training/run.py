@@ -273,7 +273,7 @@ def evaluate_recommender(trainer: RecommenderTrainer, splits: Mapping[str, Any])
     return {name: value for name, value in wanted.items() if "@" in name or name == "loss"}
 
 
-def show_metrics(columns: dict[str, Metrics]) -> None:
+def show_metrics(columns: dict[str, Metrics], console: Console | None = None) -> None:
     """Print a table of metrics, a column for each entry."""
     table = Table(title="Test: full catalogue, exact loss")
     table.add_column("metric")
@@ -282,11 +282,16 @@ def show_metrics(columns: dict[str, Metrics]) -> None:
     for metric in max(columns.values(), key=len):
         cells = [f"{values[metric]:.4f}" if metric in values else "" for values in columns.values()]
         table.add_row(metric, *cells)
-    Console().print(table)
+    (console or Console()).print(table)
 
 
-def show_recommendations(run: TrainedRun, n_users: int = 3, k: int = 5) -> None:
-    """Print what the model recommends to a few test users, beside what they took next."""
+def show_recommendations(
+    run: TrainedRun, n_users: int = 3, k: int = 5, console: Console | None = None
+) -> None:
+    """Print what the model recommends to a few test users, beside what they took next.
+
+    All processes ask the model, which may be cut over them.
+    """
     tokenizer = run.model.tokenizer
     if tokenizer is None:
         raise ArgumentError("model.tokenizer", None, "the model has none", "Set model.tokenizer")
@@ -303,7 +308,7 @@ def show_recommendations(run: TrainedRun, n_users: int = 3, k: int = 5) -> None:
             " ".join(str(found.item) for found in answer),
             str(tokenizer.convert_ids_to_items([row[TARGET]])[0]),
         )
-    Console().print(table)
+    (console or Console()).print(table)
 
 
 def _open_splits(

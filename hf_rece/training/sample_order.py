@@ -1,4 +1,4 @@
-"""The order of training samples: made by a seed and the epoch, whatever else draws numbers."""
+"""The samples of an epoch: in an order made by a seed and the epoch, and each of them once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class SampleOrder(Trainer):
-    """Trainer whose epochs have the same order of samples wherever they are resumed.
+    """Trainer whose epochs have the same samples, each once, wherever they run or are resumed.
 
     The order depends on args.data_seed, or else args.seed, and on the number of the epoch. Grouping
     by length would draw from the global generator, which a resumed process has in another state:
     samples would be lost, and others seen twice. A run that is resumed from its last step makes no
     more.
+
+    Several processes need batches of one size, for which Accelerate repeats samples at the end of
+    an epoch. Their labels are ignored: the last step is that of one process on the samples left
+    over. Rows that a collator joins (padding-free) cannot be told apart, and count again.
     """
 
     _order: SeededByEpoch | None = None
@@ -28,6 +32,26 @@ class SampleOrder(Trainer):
             return sampler  # Accelerate's own, or one that the user made
         self._order = SeededByEpoch(sampler, int(self.args.data_seed or 0))
         return self._order
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        # Asked for each step when its batches are there, before any is trained on.
+        if batch_samples:
+            self._ignore_repeated(batch_samples[-1])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _ignore_repeated(self, batch: Any) -> None:
+        """Ignore the labels of samples that are in the last batch of an epoch a second time."""
+        state, sharing = self.accelerator.gradient_state, self.accelerator.dataloader_config
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return
+        if sharing.split_batches or sharing.dispatch_batches:
+            return
+        size = self._train_batch_size
+        # The first process has the first samples of a step, and the last has the repeated ones.
+        n_own = max(state.remainder - self.args.process_index * size, 0)
+        for name in ("labels", "shift_labels"):
+            if name in batch and len(batch[name]) == size:
+                batch[name][n_own:] = -100
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

@@ -24,7 +24,9 @@ from hf_rece.training.args import LargeVocabTrainingArguments
 from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.finite_steps import FiniteSteps
+from hf_rece.training.process_draws import ProcessDraws
 from hf_rece.training.sample_order import SampleOrder
+from hf_rece.training.sharded_models import ShardedModels
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.trainer import set_loss
 
@@ -58,7 +60,14 @@ class LargeVocabSFTConfig(SFTConfig, LargeVocabTrainingArguments):
 
 
 class LargeVocabSFTTrainer(  # type: ignore[misc]
-    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation, SFTTrainer
+    WholeCheckpoints,
+    SampleOrder,
+    FiniteSteps,
+    ProcessDraws,
+    SparseGradients,
+    ShardedModels,
+    ExactEvaluation,
+    SFTTrainer,
 ):
     """SFTTrainer whose loss never builds logits.
 

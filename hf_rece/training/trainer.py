@@ -26,15 +26,23 @@ from hf_rece.training.args import LargeVocabTrainingArguments, RecommenderTraini
 from hf_rece.training.checkpoints import WholeCheckpoints
 from hf_rece.training.exact_evaluation import ExactEvaluation, refuse_logits
 from hf_rece.training.finite_steps import FiniteSteps
+from hf_rece.training.process_draws import ProcessDraws
 from hf_rece.training.record import RecordedRun
 from hf_rece.training.sample_order import SampleOrder
+from hf_rece.training.sharded_models import ShardedModels
 from hf_rece.training.sparse_gradients import SparseGradients
 from hf_rece.training.streaming import StreamedTraining
 from hf_rece.training.vocab_parallel import VocabParallel, cut_as_asked
 
 
 class LargeVocabTrainer(
-    WholeCheckpoints, SampleOrder, FiniteSteps, SparseGradients, ExactEvaluation
+    WholeCheckpoints,
+    SampleOrder,
+    FiniteSteps,
+    ProcessDraws,
+    SparseGradients,
+    ShardedModels,
+    ExactEvaluation,
 ):
     """Trainer that sets the training loss by name, for recommenders and language models.
 

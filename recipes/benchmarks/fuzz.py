@@ -4,7 +4,8 @@
     python recipes/benchmarks/fuzz.py --cases 500 --only losses
 
 Each file of properties runs in a process of its own, on one thread. A property that fails is shown
-with the smallest case that makes it fail, and noted. Writes results/fuzz.json after each file.
+with the smallest case that makes it fail, and noted. Writes results/fuzz.json after each file, and
+exits with 1 if a property failed, or ended before its cases and its time.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 from environment import environment
 
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "tests" / "fuzz"
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 
 
@@ -29,7 +31,7 @@ class Counter:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a property that has been tried."""
-        from tests.fuzz.cases import TRIED
+        from tests.fuzz.cases import OUT_OF_TIME, TRIED
 
         if report.when != "call":
             return
@@ -38,17 +40,43 @@ class Counter:
                 "cases": TRIED[name],
                 "outcome": report.outcome,
                 "seconds": round(report.duration),
+                "out_of_time": name in OUT_OF_TIME,
             }
 
 
-def run_file(path: Path) -> None:
-    """Run the properties of a file in this process; print the counts as the last line."""
+def run_file(path: Path) -> int:
+    """Run the properties of a file in this process; print the counts as the last line.
+
+    Returns:
+        The exit status of pytest, which knows of failures outside properties too.
+    """
     import pytest
 
     counter = Counter()
     options = ["-q", "-n0", "--timeout=0", "-p", "no:cacheprovider", "--tb=short", str(path)]
-    pytest.main(options, plugins=[counter])
+    status = pytest.main(options, plugins=[counter])
     print(json.dumps(counter.properties))
+    return int(status)
+
+
+def problems_of(properties: dict[str, dict[str, Any]], cases: int) -> list[str]:
+    """Return what is wrong with the outcomes of a file's properties, in words."""
+    problems = [] if properties else ["no property was tried"]
+    for name, found in properties.items():
+        if found["outcome"] != "passed":
+            problems.append(f"{name}: {found['outcome']}")
+        elif found["cases"] < cases and not found["out_of_time"]:
+            problems.append(f"{name}: {found['cases']} cases of {cases}")
+    return problems
+
+
+def last_line(output: str) -> dict[str, dict[str, Any]]:
+    """Return the counts that run_file printed; none if it did not get so far."""
+    try:
+        counts = json.loads((output.splitlines() or [""])[-1])
+    except json.JSONDecodeError:
+        counts = None
+    return counts if isinstance(counts, dict) else {}
 
 
 def main() -> None:
@@ -61,9 +89,9 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="run this one here and print JSON")
     args = parser.parse_args()
     if args.file:
-        run_file(args.file)
-        return
-    files = sorted((ROOT / "tests" / "fuzz").glob("test_*.py"))
+        sys.exit(run_file(args.file))
+    problems = []
+    files = sorted(FOLDER.glob("test_*.py"))
     settings = {"FUZZ_CASES": str(args.cases), "FUZZ_MINUTES": str(args.minutes)}
     for file in files:
         name = file.stem.removeprefix("test_")
@@ -75,14 +103,20 @@ def main() -> None:
             env={**os.environ, **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
+            check=False,
         )
         print(done.stdout)
-        counts = json.loads(done.stdout.splitlines()[-1])
+        counts = last_line(done.stdout)
+        found_here = problems_of(counts, args.cases)
+        if done.returncode and not found_here:
+            found_here = [f"pytest ended with {done.returncode}"]
+        problems += [f"{file.name}: {problem}" for problem in found_here]
         found = json.loads(RESULT.read_text())["files"] if RESULT.exists() else {}
         found[name] = counts
         record = {**environment(), "cases_asked": args.cases, "minutes_at_most": args.minutes}
         RESULT.write_text(json.dumps({**record, "files": found}, indent=1) + "\n")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

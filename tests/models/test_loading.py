@@ -256,3 +256,50 @@ def test_items_that_are_no_json_are_named(tmp_path):
     (tmp_path / "items.json").write_text('["item 1", ')
     with pytest.raises(DataError, match=r"items.json: no JSON list"):
         RecommenderModel.from_pretrained(tmp_path)
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}
+UNUSABLE = [
+    ({"model_type": "llama", **LLAMA}, "hidden_act", "foo"),
+    ({"model_type": "llama", **LLAMA}, "hidden_act", 3),
+    ({"model_type": "llama", **LLAMA}, "rope_parameters", {"rope_type": "foo"}),
+    ({"model_type": "llama", **LLAMA}, "num_attention_heads", 0),
+    ({"model_type": "llama", **LLAMA}, "output_hidden_states", 2.5),
+    (GPT2, "activation_function", "foo"),
+    (GPT2, "n_head", 3),
+    (GPT2, "attn_pdrop", -1),
+    (GPT2, "embd_pdrop", float("nan")),
+    (GPT2, "n_inner", -1),
+    ({"hidden_size": 16}, "layer_norm_eps", None),
+    ({"hidden_size": 16}, "dtype", "foo"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "setting", "value"), UNUSABLE)
+def test_settings_that_no_backbone_can_be_made_of_are_refused(backbone, setting, value, tmp_path):
+    RecommenderModel(RecommenderConfig(backbone=backbone, vocab_size=60)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["backbone"][setting] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises((ArgumentError, DataError), match=rf"{setting}|settings cannot be used"):
+        RecommenderModel.from_pretrained(tmp_path)
+    with pytest.raises(ArgumentError):
+        RecommenderModel(RecommenderConfig(backbone={**backbone, setting: value}, vocab_size=60))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"output_attentions": True}, {"dtype": "foo"}, {"id2label": {"a": 1}}]
+)
+def test_a_configuration_refuses_what_transformers_does_by_our_errors(settings):
+    with pytest.raises(ArgumentError):
+        RecommenderConfig(attn_implementation="sdpa", **settings)
+
+
+@pytest.mark.parametrize("value", [{}, 3, {"quant_method": "foo"}])
+def test_a_quantization_that_is_none_is_refused(value, tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": value}))
+    with pytest.raises((ArgumentError, DataError), match=r"config\.json|config="):
+        RecommenderModel.from_pretrained(tmp_path)
