@@ -18,6 +18,9 @@ from tests.processes import in_processes
 from tests.training.test_language_model import padded, sequences
 from tests.training.test_trainer import make_data
 
+# PEFT asks transformers for what it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 HISTORIES = (slice(0, 3), slice(5, 9))
 RECOMMENDERS = {
@@ -32,7 +35,7 @@ RECOMMENDERS = {
         "output_bias": True,
     },
 }
-LANGUAGE_MODELS = ("untied", "tied", "adapted head")
+LANGUAGE_MODELS = ("language model", "tied language model", "adapted head")
 
 
 def settings(folder, world_size, **arguments):
@@ -70,7 +73,7 @@ def language_model_trainer(folder, world_size, kind):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=kind == "tied",
+        num_attention_heads=2, tie_word_embeddings=kind == "tied language model",
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if kind == "adapted head":
