@@ -216,7 +216,9 @@ def test_two_yaml_files_are_refused():
         cli.parse((cli.ModelArguments,), ["a.yaml", "b.yaml"], "train")
 
 
-@pytest.mark.parametrize("line", ["not json", '"item"', '{"item": 1}'])
+@pytest.mark.parametrize(
+    "line", ["not json", '"item"', '{"item": 1}', '[["item"]]', '["item", {}]', "[" * 100_000]
+)
 def test_a_history_that_is_no_list_is_named(line, tmp_path):
     path = tmp_path / "histories.jsonl"
     path.write_text(f'["item"]\n\n{line}\n')
@@ -227,6 +229,14 @@ def test_a_history_that_is_no_list_is_named(line, tmp_path):
 def test_a_missing_file_of_histories_is_named():
     with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
         read_histories("no.jsonl")
+
+
+def test_histories_that_are_not_text_are_named(tmp_path):
+    (tmp_path / "histories.jsonl").write_bytes(b'["\xff"]')
+    with pytest.raises(DataError, match=r"histories\.jsonl: not UTF-8"):
+        read_histories(str(tmp_path / "histories.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_histories(str(tmp_path))
 
 
 def test_items_that_are_integers_are_read_as_such(tmp_path, capsys):

@@ -5,9 +5,10 @@
 writes it anew, from what the installed packages say of themselves.
 """
 
+import ast
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, metadata, requires
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,24 @@ def test_every_dependency_is_listed_with_its_licence():
     if sys.version_info >= (3, 11):  # for which constraints.txt names one version of each
         told = {name: known[name] for name in declared() if name in known}
         assert {name: listed[name] for name in told} == told, "run python tests/test_licences.py"
+
+
+def imported():
+    """Return the packages, by the names of their modules, that files of ours import."""
+    found = set()
+    for path in (FILE.parent / "hf_rece").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0] for name in names}
+    return found - {"hf_rece", *sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_declared():
+    packages = packages_distributions()
+    for module in imported():
+        names = {re.sub(r"[-_.]+", "-", name).lower() for name in packages.get(module, [module])}
+        assert names & set(declared()), f"{module} is imported, and not declared"
 
 
 def test_copyleft_is_flagged():

@@ -39,11 +39,11 @@ def load_interactions(
         time: timestamp, datetime, time, date, unix_review_time
 
     Args:
-        source: path of a CSV, TSV, RecBole (.inter) or Parquet file (or a glob of them, or a folder
-            of Parquet files), a Hub id, a datasets.Dataset or IterableDataset, a DatasetDict, a
-            polars DataFrame or LazyFrame, a pandas DataFrame, a pyarrow Table or what else speaks
-            Arrow's stream interface; or a list of these. Only the three columns are read, streams
-            in batches.
+        source: path of a CSV, TSV, RecBole (.inter), JSON lines or Parquet file (or a glob of them,
+            or a folder of Parquet files), a Hub id, a datasets.Dataset or IterableDataset, a
+            DatasetDict, a polars DataFrame or LazyFrame, a pandas DataFrame, a pyarrow Table or
+            what else speaks Arrow's stream interface; or a list of these. Only the three columns
+            are read, streams in batches.
         user_column: the source's column of user ids.
         item_column: the source's column of item ids.
         time_column: the source's column of times: numbers, datetimes or ISO 8601 strings.

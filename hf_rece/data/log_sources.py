@@ -15,9 +15,10 @@ import datasets
 import polars as pl
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetsError
 from datasets.utils import tqdm
 
-from hf_rece.errors import ArgumentError, DataError
+from hf_rece.errors import ArgumentError, DataError, HfReceError
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 
@@ -28,6 +29,8 @@ CONVENTIONS = {
     TIME: ("timestamp", "datetime", "time", "date", "unix_review_time"),
 }
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_ENDINGS = ".csv, .tsv, .inter, .jsonl or .parquet"
 _TYPE_OF_RECBOLE = re.compile(r":(token|float)(_seq)?$")
 _BATCH_ROWS = 1 << 16
 
@@ -158,17 +161,19 @@ def _open_path(source: str, split: str, separator: str | None) -> LogTable:
     suffix = path.suffix.lower()
     if separator is None:
         separator = _SEPARATORS.get(suffix)
-    if separator is not None or suffix == ".parquet" or path.exists():
+    if separator is not None or suffix in (".parquet", *_JSON_LINES) or path.exists():
         return _open_file(path, separator)
     if source.count("/") > 1 or path.is_absolute():
         raise DataError(
             path.name,
             "not a file that can be read",
-            "Pass .csv, .tsv, .inter or .parquet, or a Hub dataset id",
+            f"Pass {_ENDINGS}, or a Hub dataset id",
         )
     try:
         return _open_dataset(datasets.load_dataset(source, split=split), source)
-    except (OSError, ValueError) as error:
+    except HfReceError:
+        raise
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             source,
             f"neither a file nor a Hub dataset that can be read: {error}",
@@ -185,10 +190,11 @@ def _open_file(path: Path, separator: str | None) -> LogTable:
         return _open_frame(pl.scan_parquet(path / "**/*.parquet"), path.name)
     if path.suffix.lower() == ".parquet":
         return _open_frame(pl.scan_parquet(path), path.name)
+    if separator is None and path.suffix.lower() in _JSON_LINES:
+        with readable(path.name):
+            return _open_frame(pl.scan_ndjson(path, infer_schema_length=None), path.name)
     if separator is None:
-        raise DataError(
-            path.name, "not a file that can be read", "Pass .csv, .tsv, .inter or .parquet"
-        )
+        raise DataError(path.name, "not a file that can be read", f"Pass {_ENDINGS}")
     # As text: guessing types takes ten times as long, and takes 007 for 7.
     text = _open_frame(pl.scan_csv(path, separator=separator, infer_schema=False), path.name)
 
@@ -217,12 +223,15 @@ def _open_dataset(dataset: Dataset | IterableDataset, name: str) -> LogTable:
                 bar.update(batch.num_rows)
         return pl.concat(parts, how="vertical_relaxed")
 
-    # A stream may know its columns from its first row alone.
-    return LogTable(name, dataset.column_names or list(next(iter(dataset), {})), select)
+    with readable(name):  # a stream may know its columns from its first row alone
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+    return LogTable(name, columns, select)
 
 
 def _of_arrow(table: pa.Table, columns: list[str]) -> pl.DataFrame:
-    frame = pl.from_arrow(table.select(columns))
+    table = table.select(columns)
+    table.validate(full=True)  # polars takes all strings for UTF-8
+    frame = pl.from_arrow(table)
     return frame if isinstance(frame, pl.DataFrame) else frame.to_frame()
 
 
@@ -240,13 +249,19 @@ def readable(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except HfReceError:
+        raise
     except pl.exceptions.NoDataError as error:
         raise DataError(name, "the file is empty", "Pass a file with a header") from error
     # Polars panics over some damaged Parquet files, and over some columns of pandas says TypeError.
     except (
-        pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException,
-        TypeError, OverflowError,
+        pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DatasetsError,
+        TypeError, ValueError, OverflowError,
     ) as error:  # fmt: skip
         raise DataError(
-            name, f"not a readable table: {error}", "Save it as UTF-8 CSV, or as Parquet"
+            name,
+            f"not a readable table: {error.__cause__ or error}",
+            "Save it as UTF-8 CSV, as JSON lines, or as Parquet",
         ) from error
+    except OSError as error:
+        raise DataError(name, f"cannot be read: {error}", "Check the file") from error

@@ -65,8 +65,8 @@ def prepare_log(
     Called again when finished, it returns what is there. hf_rece.data.prepared describes the files.
 
     Args:
-        source: a CSV, TSV, .inter or Parquet file, a glob, a folder of Parquet files, or a list of
-            these.
+        source: a CSV, TSV, .inter, JSON lines or Parquet file, a glob, a folder of Parquet files,
+            or a list of these.
         output_dir: folder to fill; must be new, empty, or a prepared log.
         user_column: as of load_interactions, and so the next three.
         item_column: see there.

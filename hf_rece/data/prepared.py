@@ -37,12 +37,19 @@ from torch.utils.data import Dataset as TorchDataset
 from hf_rece.data.interactions import USER
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import HISTORY, TARGET
-from hf_rece.errors import ArgumentError, DataError
+from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.files import write_text
 
 MANIFEST, UNFINISHED, DATA = "prepared.json", "unfinished", "data"
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
+# What prepared.json holds, and of which type.
+_MANIFEST = {
+    "description": str, "users": int, "items": int, "interactions": int, "splits": dict,
+    "asked_for": dict,
+}  # fmt: skip
+_SPLIT = {"rows": int, "interactions": int, "shards": list}
+_SHARD = {"file": str, "rows": int, "bytes": int, "sha256": str}
 _AGAIN, _ANEW = "Run hf-rece prepare again", "Copy it again, or prepare it again with overwrite"
 Row = dict[str, Any]
 
@@ -61,8 +68,17 @@ class PreparedLog:
 
     @cached_property
     def tokenizer(self) -> ItemTokenizer:
-        """The tokenizer of its items."""
-        tokenizer: ItemTokenizer = ItemTokenizer.from_pretrained(str(self.path))
+        """The tokenizer of its items.
+
+        Raises:
+            DataError: if its files are damaged.
+        """
+        try:
+            tokenizer: ItemTokenizer = ItemTokenizer.from_pretrained(str(self.path))
+        except HfReceError:
+            raise
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise DataError("tokenizer_config.json", f"cannot be read ({error})", _ANEW) from error
         return tokenizer
 
     @property
@@ -211,8 +227,8 @@ def open_prepared(folder: str | Path) -> PreparedLog:
     """Open what prepare_log made.
 
     Raises:
-        DataError: if the folder holds no prepared log, or one that is unfinished or of another
-            format.
+        DataError: if the folder holds no prepared log, or one that is unfinished, damaged or of
+            another format, or that names files elsewhere.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -222,14 +238,48 @@ def open_prepared(folder: str | Path) -> PreparedLog:
             "its preparation has not finished" if unfinished else f"there is no {MANIFEST} in it",
             f"{_AGAIN}, which goes on where it stopped" if unfinished else "Pass what it made",
         )
-    manifest = json.loads(path.read_text("utf-8"))
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(path.name, f"damaged or cut short ({error})", _ANEW) from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise DataError(path.name, "not the manifest of a prepared log", _ANEW)
     if manifest["format"] != FORMAT:
         raise DataError(
             path.name,
             f"format {manifest['format']}, and this version reads {FORMAT}",
             "Install the version of hf_rece that made it, or prepare the log again",
         )
+    problem = _problem_of(manifest)
+    if problem is not None:
+        raise DataError(path.name, f"damaged, or written by hand: {problem}", _ANEW)
     return PreparedLog(Path(folder), manifest)
+
+
+def _problem_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return what a manifest lacks, or which file elsewhere it names; None if it is sound."""
+    parts = [("it", manifest, _MANIFEST)]
+    for name in SPLITS:
+        split = _inside(manifest, "splits", name)
+        parts.append((name, split, _SPLIT))
+        shards = _inside(split, "shards")
+        if isinstance(shards, list):
+            parts += [(f"a shard of {name}", shard, _SHARD) for shard in shards]
+    for name, part, kinds in parts:
+        wrong = [key for key, kind in kinds.items() if not isinstance(_inside(part, key), kind)]
+        if wrong:
+            return f"{name} has no usable {', '.join(wrong)}"
+        file = part.get("file", "a")
+        if Path(file).name != file or "\0" in file:
+            return f"{name} is a file elsewhere ({file!r})"
+    return None
+
+
+def _inside(value: Any, *keys: str) -> Any:
+    """Return what nested dictionaries hold under some keys, None if there is no such place."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def shard_path(folder: Path, split: str, index: int, n_shards: int) -> Path:
@@ -331,8 +381,11 @@ def _row_groups(folder: Path, shard: Mapping[str, Any]) -> list[RowGroup]:
     path = _shard(folder, shard)
     try:
         metadata = pq.read_metadata(path)
-    except pa.ArrowException as error:
+        columns = metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
         raise DataError(path.name, f"not a Parquet file: {error}", _ANEW) from error
+    if metadata.num_rows != shard["rows"] or not {USER, HISTORY} <= set(columns.names):
+        raise DataError(path.name, f"other rows or columns than {MANIFEST} says", _ANEW)
     groups = [
         RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
     ]

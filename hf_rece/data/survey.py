@@ -173,7 +173,9 @@ def _look_at(path: Path, named: dict[str, str | None], separator: str | None) ->
 
 def _scan(table: LogTable, columns: dict[str, str]) -> pl.LazyFrame:
     if table.scan is None:
-        raise DataError(table.name, "not a file", "Pass CSV, TSV, .inter or Parquet files")
+        raise DataError(
+            table.name, "not a file", "Pass CSV, TSV, .inter, JSON lines or Parquet files"
+        )
     return table.scan.select(pl.col(column).alias(role) for role, column in columns.items())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from hf_rece.data.log_sources import readable
 from hf_rece.errors import ArgumentError, DataError
 
 _READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -31,14 +32,17 @@ def load_text(
 
     Raises:
         ArgumentError: for both sources, or none.
-        DataError: for a missing file, an unknown ending, a missing column or no text at all.
+        DataError: for a missing file, an unknown ending, one that cannot be read, a missing column
+            or no text at all.
     """
     if bool(files) == bool(dataset_name):
         raise ArgumentError(
             "files", list(files), "needs exactly one source", "Pass files or a name"
         )
     if dataset_name is not None:
-        documents = _documents(load_dataset(dataset_name, split=split), text_columns, dataset_name)
+        with readable(dataset_name):
+            rows = load_dataset(dataset_name, split=split)
+        documents = _documents(rows, text_columns, dataset_name)
     else:
         documents = list(chain.from_iterable(_read(file, text_columns) for file in files))
     if not any(documents):
@@ -77,7 +81,7 @@ def read_rows(file: str) -> Dataset:
     """Return the rows of a file as a dataset; plain text has a row for each line.
 
     Raises:
-        DataError: for a missing file or an unknown ending.
+        DataError: for a missing file, an unknown ending, or what cannot be read.
     """
     path = Path(file)
     if not path.is_file():
@@ -85,12 +89,16 @@ def read_rows(file: str) -> Dataset:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise DataError(file, "unknown kind of text", f"Pass one of {', '.join(_READERS)}")
-    return load_dataset(reader, data_files=file, split="train")
+    with readable(file):
+        rows = load_dataset(reader, data_files=file, split="train")
+        rows.data.validate(full=True)  # JSON is taken as it comes, be it UTF-8 or not
+    return rows
 
 
 def _read(file: str, text_columns: Sequence[str]) -> list[str]:
     if file.endswith(".txt") and Path(file).is_file():
-        return [Path(file).read_text("utf-8")]
+        with readable(file):
+            return [Path(file).read_text("utf-8")]
     return _documents(read_rows(file), text_columns, file)
 
 

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from hf_rece.embeddings.sharded import ShardedLayer
 from hf_rece.errors import DataError
+from hf_rece.files import complete_file
 from hf_rece.models.sparse_checkpoint import SparseCheckpoints
 from hf_rece.ops import messages
 from hf_rece.ops.shards import VocabShards
@@ -52,6 +53,9 @@ def write_consolidated(
         shards: how the rows are cut.
         metadata: of the file.
 
+    Raises:
+        WriteError: in the process that writes, if the disk is full.
+
     Reference:
         The format of safetensors: the length of the header, the header as JSON, the tensors.
     """
@@ -62,8 +66,7 @@ def write_consolidated(
             for piece in _pieces(sharded[name]):
                 messages.send(piece, 0, shards.group)
     else:
-        part = Path(f"{path}.part")
-        with part.open("wb") as file:
+        with complete_file(path) as file:
             _write_header(file, tensors, sharded, shards, metadata)
             for name, tensor in tensors.items():
                 for piece in _pieces(tensor) if tensor.dim() else (tensor.detach(),):
@@ -72,7 +75,6 @@ def write_consolidated(
                     for piece in _pieces(tensor, shards.sizes[rank]):
                         messages.receive(piece, rank, shards.group)
                         _write(file, piece)
-        os.replace(part, path)
     shards.wait_for_all()  # all may read the file now
 
 

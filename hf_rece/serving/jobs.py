@@ -132,7 +132,7 @@ def read_histories(path: str) -> list[list[Any]]:
     """Return the histories of a file of JSON lines.
 
     Raises:
-        DataError: naming the file, or the line that is not a list.
+        DataError: naming the file, or the line that is not a list of item ids.
     """
     histories = []
     for number, line in enumerate(_text(path).splitlines(), start=1):
@@ -140,11 +140,13 @@ def read_histories(path: str) -> list[list[Any]]:
             continue
         try:
             history = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             history = None
-        if not isinstance(history, list):
+        if not isinstance(history, list) or any(isinstance(item, list | dict) for item in history):
             raise DataError(
-                f"{path}, line {number}", "not a JSON list", 'Write a history as ["item", "item"]'
+                f"{path}, line {number}",
+                "not a JSON list of item ids",
+                'Write a history as ["item", "item"]',
             )
         histories.append(history)
     return histories
@@ -166,6 +168,10 @@ def _text(path: str) -> str:
         return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise DataError(path, "no such file", "Check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"not UTF-8 ({error.reason})", "Save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", "Check the path") from None
 
 
 def _as_items(model: RecommenderModel, words: Sequence[str]) -> list[Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer import (
@@ -31,10 +33,17 @@ from hf_rece.files import (
     make_folder,
     sync,
     sync_files,
+    write_text,
 )
 from hf_rece.models.loading import problem_of_shards
 from hf_rece.models.publishing import WEIGHTS, PublishedRecommender
 
+# In a checkpoint, written last: the bytes of each of its files.
+FILES = "files.json"
+# Beside UNFINISHED, in which other processes may still be: what is about to be deleted.
+OLD = f"{UNFINISHED}-old"
+_REPLACED = "replaced-"
+_NONE, _DAMAGED = -1, -2
 logger = logging.get_logger(__name__)
 
 
@@ -67,8 +76,9 @@ class WholeCheckpoints(Trainer):
             ArgumentError: if the checkpoint to resume from is damaged, or none is whole.
             WriteError: if the disk is full; checkpoints written before are as they were.
         """
+        self._in_turn(lambda: _put_back(Path(str(self.args.output_dir))))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_whole_checkpoint()
+            resume_from_checkpoint = self._checkpoint_of_first_process()
         elif resume_from_checkpoint:
             problem = self._problem_of(Path(str(resume_from_checkpoint)))
             if problem is not None:
@@ -79,6 +89,30 @@ class WholeCheckpoints(Trainer):
                     "Pass another, or True for the newest that is whole",
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint_of_first_process(self) -> str | bool:
+        """Return the newest whole checkpoint: one process looks, and tells all others. Collective.
+
+        Raises:
+            ArgumentError: in all of them, if it found checkpoints, and none that is whole.
+        """
+        step, error = _NONE, None
+        if self.is_world_process_zero():
+            try:
+                newest = self._newest_whole_checkpoint()
+                step = int(newest.rpartition("-")[2]) if isinstance(newest, str) else _NONE
+            except ArgumentError as found:
+                step, error = _DAMAGED, found
+        step = int(broadcast(torch.tensor([step], device=self.args.device))[0])
+        if step == _DAMAGED:
+            raise error or ArgumentError(
+                "resume_from_checkpoint",
+                True,
+                "the first process found none that is whole",
+                "Read what it says",
+            )
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return True if step == _NONE else str(folder)
 
     def _newest_whole_checkpoint(self) -> str | bool:
         """Return the folder of one; True where there are none, for Trainer to say so."""
@@ -102,6 +136,8 @@ class WholeCheckpoints(Trainer):
 
     def _problem_of(self, checkpoint: Path) -> str | None:
         """Return what a checkpoint lacks to go on from, None if nothing."""
+        if (problem := _problem_of_files(checkpoint)) is not None:
+            return problem
         needed = [TRAINER_STATE_NAME]
         has_own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not (has_own_files or self.args.save_only_model):
@@ -130,22 +166,27 @@ class WholeCheckpoints(Trainer):
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         part = run / UNFINISHED / checkpoint.name
         if self.args.should_save:
-            shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # of a process that was killed
+            for left in (UNFINISHED, OLD):  # of a process that was killed
+                shutil.rmtree(run / left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with clear_write_errors(checkpoint), self._saving(run / UNFINISHED):
             super()._save_checkpoint(model, trial)
             self._name_best(part, checkpoint)
             self.accelerator.wait_for_everyone()
             # Machines that share no disk each have a part, of which others know nothing.
-            first = self.is_world_process_zero()
-            for has_turn in (first, self.is_local_process_zero() and not first):
-                if has_turn and part.exists():
-                    _give_name(part, checkpoint)
-                self.accelerator.wait_for_everyone()
+            self._in_turn(lambda: _give_name(part, checkpoint))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
             self._rotate(run)
+
+    def _in_turn(self, work: Callable[[], None]) -> None:
+        """Let the first process work, and then the first ones of other machines. Collective."""
+        first = self.is_world_process_zero()
+        for has_turn in (first, self.is_local_process_zero() and not first):
+            if has_turn:
+                work()
+            self.accelerator.wait_for_everyone()
 
     def _rotate(self, run: Path) -> None:
         """Delete old checkpoints as Trainer does, but none of them in part under its name."""
@@ -155,8 +196,8 @@ class WholeCheckpoints(Trainer):
         old = [folder for folder in folders if folder not in protected]
         if limit is not None and limit > 0:
             for folder in old[: len(folders) - max(limit, len(protected))]:
-                Path(folder).rename(make_folder(run / UNFINISHED) / Path(folder).name)
-            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+                Path(folder).rename(make_folder(run / OLD) / Path(folder).name)
+            shutil.rmtree(run / OLD, ignore_errors=True)
 
     @contextmanager
     def _saving(self, folder: Path) -> Iterator[None]:
@@ -166,7 +207,8 @@ class WholeCheckpoints(Trainer):
             yield
         finally:
             self._is_saving = False
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.is_local_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _name_best(self, part: Path, checkpoint: Path) -> None:
         """Call the best checkpoint by its own name, if it is the one being written."""
@@ -201,11 +243,50 @@ class WholeCheckpoints(Trainer):
 
 
 def _give_name(part: Path, checkpoint: Path) -> None:
+    if not part.exists():  # another machine has given it, on a disk that both share
+        return
+    sizes = {str(path.relative_to(part)): path.stat().st_size for path in _files_in(part)}
+    write_text(part / FILES, json.dumps(sizes, indent=1, sort_keys=True) + "\n")
     sync_files(part)
     if checkpoint.exists():
-        checkpoint.rename(part.with_name("replaced"))
-    part.rename(checkpoint)
+        checkpoint.rename(part.with_name(f"{_REPLACED}{checkpoint.name}"))
+    try:
+        part.rename(checkpoint)
+    finally:
+        _put_back(checkpoint.parent)
     sync(checkpoint.parent)
+
+
+def _put_back(run: Path) -> None:
+    """Name a checkpoint again that was about to be replaced when the process was killed."""
+    for replaced in (run / UNFINISHED).glob(f"{_REPLACED}*"):
+        checkpoint = run / replaced.name.removeprefix(_REPLACED)
+        if not checkpoint.exists():
+            replaced.rename(checkpoint)
+            sync(run)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _problem_of_files(checkpoint: Path) -> str | None:
+    """Return which files of a checkpoint are missing or of another length than they were."""
+    if not (checkpoint / FILES).is_file():
+        return None  # an earlier version wrote it
+    if not _is_json(checkpoint / FILES):
+        return f"{FILES} is cut short"
+    sizes = json.loads((checkpoint / FILES).read_text("utf-8"))
+    if not isinstance(sizes, dict):
+        return f"{FILES} lists no files"
+    there = {
+        str(path.relative_to(checkpoint)): path.stat().st_size for path in _files_in(checkpoint)
+    }
+    missing = [name for name in sizes if name not in there]
+    if missing:
+        return f"there is no {', '.join(missing)} in it"
+    other = [name for name, size in sizes.items() if there[name] != size]
+    return f"{', '.join(other)} is cut short, or has been changed" if other else None
 
 
 def _is_json(path: Path) -> bool:

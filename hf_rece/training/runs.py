@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
-from hf_rece.errors import DataError
+from hf_rece.errors import DataError, HfReceError
 from hf_rece.training.reporting import TRAINING_RUN
 
 _STATE = "trainer_state.json"
@@ -61,6 +61,19 @@ def load_run(source: str | Path) -> Run:
             one.
     """
     files = _files(str(source))
+    try:
+        return _run(str(source), files)
+    except HfReceError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DataError(
+            str(source),
+            f"its record of a run is damaged, or written by hand ({error})",
+            "Train or copy it again",
+        ) from error
+
+
+def _run(source: str, files: Mapping[str, Mapping[str, Any]]) -> Run:
     config, record = files["config.json"], files[TRAINING_RUN]
     of_card = config.get("training_run") or {}
     state = record if "log_history" in record else files[_STATE]
@@ -71,25 +84,25 @@ def load_run(source: str | Path) -> Run:
         part: {
             **_of_the_model(history, prefix, state.get("best_global_step")),
             **_named({"eval_perplexity": results.get("perplexity"), **results}, prefix),
-            **of_card.get("metrics", {}).get(part, {}),
+            **{n: float(v) for n, v in of_card.get("metrics", {}).get(part, {}).items()},
         }
         for part, prefix in _PARTS.items()
     }
     if not any(metrics.values()) and not history:
         raise DataError(
-            str(source),
+            source,
             f"it holds no record of a run: no {TRAINING_RUN} or {_STATE}, nor metrics in a "
             "recommender's config.json",
             "Pass the output_dir of a training, or save_state() with the Trainer that trained it",
         )
     return Run(
-        name=str(source),
+        name=source,
         settings=_settings(files, facts, state),
         evaluated_on=_evaluated_on(facts),
         metrics=metrics,
-        curve=[(log["step"], found) for log in history if (found := _named(log, "eval_"))],
-        seconds=facts.get("seconds") or _largest([*history, results], "train_runtime"),
-        peak_mib=facts.get("peak_mib") or _largest(history, "peak_mib"),
+        curve=[(int(log["step"]), found) for log in history if (found := _named(log, "eval_"))],
+        seconds=_number(facts.get("seconds") or _largest([*history, results], "train_runtime")),
+        peak_mib=_number(facts.get("peak_mib") or _largest(history, "peak_mib")),
     )
 
 
@@ -122,7 +135,7 @@ def _files(source: str) -> dict[str, dict[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise DataError(str(path), "not a JSON object", "It is damaged: train or copy it again")
@@ -159,7 +172,7 @@ def _settings(
     shape = {**backbone, **config, **{n: backbone[n] for n in ("model_type",) if n in backbone}}
     of_loss = {**(config if backbone else {}), **facts}
     known = {
-        "loss_type": of_loss.get("loss_type"),
+        "loss_type": None if of_loss.get("loss_type") is None else str(of_loss["loss_type"]),
         **(of_loss.get("loss_kwargs") or {}),
         **facts.get("arguments", {"per_device_train_batch_size": state.get("train_batch_size")}),
         "epochs": state.get("epoch"),
@@ -178,8 +191,12 @@ def _plain(value: Any) -> Any:
 def _evaluated_on(facts: Mapping[str, Any]) -> str | None:
     data = facts.get("data") or facts.get("evaluated_on")
     if data is None or "filter_seen" not in facts:
-        return data
+        return None if data is None else str(data)
     return f"{data}; seen items {'left out' if facts['filter_seen'] else 'ranked too'}"
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _largest(history: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -1,5 +1,6 @@
 """Reading logs."""
 
+import json
 from datetime import date
 
 import pandas as pd
@@ -7,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.errors import ArgumentError, DataError
@@ -31,7 +33,7 @@ IN_MEMORY = {
 }
 
 
-@pytest.fixture(params=["csv", "tsv", "parquet", *IN_MEMORY])
+@pytest.fixture(params=["csv", "tsv", "jsonl", "parquet", *IN_MEMORY])
 def source(request, tmp_path):
     frame = pl.DataFrame(ROWS)
     path = tmp_path / f"log.{request.param}"
@@ -39,6 +41,8 @@ def source(request, tmp_path):
         return IN_MEMORY[request.param]()
     if request.param == "parquet":
         frame.write_parquet(path)
+    elif request.param == "jsonl":
+        frame.write_ndjson(path)
     else:
         frame.write_csv(path, separator="," if request.param == "csv" else "\t")
     return str(path)
@@ -290,6 +294,26 @@ def test_a_hub_dataset_that_cannot_be_read_is_named(monkeypatch, problem):
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(DataError, match=rf"someone/log: neither a file.*{problem}.*split"):
         load_interactions("someone/log")
+
+
+def test_a_dataset_that_fails_while_it_is_read_is_named():
+    def rows():
+        yield {"user_id": 1, "item_id": 2, "timestamp": 3}
+        raise DatasetGenerationError("damaged")
+
+    with pytest.raises(DataError, match="the dataset: not a readable table: damaged"):
+        load_interactions(IterableDataset.from_generator(rows))
+
+
+def test_types_of_json_lines_are_kept(tmp_path):
+    rows = (
+        {"user_id": "7", "item_id": 1, "timestamp": "2024-05-31"},
+        {"user_id": "a", "item_id": 2, "timestamp": "2024-06-01"},
+    )
+    (tmp_path / "log.json").write_text("\n".join(map(json.dumps, rows)))
+    read = load_interactions(tmp_path / "log.json")
+    assert read["user_id"].to_list() == ["7", "a"]
+    assert read["item_id"].to_list() == [1, 2]
 
 
 def test_an_object_that_is_no_log_is_refused():

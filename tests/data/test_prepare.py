@@ -25,6 +25,7 @@ from hf_rece.data.synthetic import generate_interactions
 from hf_rece.errors import ArgumentError, DataError, WriteError
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
+WRITERS = {".parquet": "write_parquet", ".csv": "write_csv", ".jsonl": "write_ndjson"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def write(log, folder, n_files, ending=".parquet"):
     rows = -(-len(log) // n_files)
     for i, part in enumerate(log.iter_slices(rows)):
         path = folder / f"{i}{ending}"
-        part.write_parquet(path) if ending == ".parquet" else part.write_csv(path)
+        getattr(part, WRITERS[ending])(path)
     return str(folder / f"*{ending}")
 
 
@@ -110,7 +111,7 @@ def test_sequences_are_those_of_the_way_in_memory(files, split, minima, tmp_path
     ],
     ids=["integers", "floats", "datetimes", "ISO 8601"],
 )
-@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+@pytest.mark.parametrize("ending", WRITERS)
 def test_columns_of_any_name_and_type_are_read(log, times, ending, tmp_path):
     log = log.select(
         pl.col("user_id").str.slice(1).cast(pl.Int32).alias("customer"),
@@ -437,3 +438,59 @@ def test_a_later_format_is_refused(files, tmp_path):
     path.write_text(json.dumps({**prepared.manifest, "format": 2}))
     with pytest.raises(DataError, match="format 2, and this version reads 1"):
         open_prepared(prepared.path)
+
+
+def put(manifest, value, *path):
+    for key in path[:-1]:
+        manifest = manifest[key]
+    manifest[path[-1]] = value
+
+
+FIRST_SHARD = ("splits", "test", "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "message"),
+    [
+        ("x", ("splits",), "it has no usable splits"),
+        (None, ("description",), "it has no usable description"),
+        ([], ("splits", "train"), "train has no usable rows, interactions, shards"),
+        (3, ("splits", "train", "shards"), "train has no usable shards"),
+        ("x", FIRST_SHARD, "a shard of test has no usable file, rows, bytes, sha256"),
+        ("9", (*FIRST_SHARD, "bytes"), "a shard of test has no usable bytes"),
+        ("../items.json", (*FIRST_SHARD, "file"), r"a file elsewhere \('../items.json'\)"),
+        ("/etc/passwd", (*FIRST_SHARD, "file"), "a file elsewhere"),
+        ("a\0b", (*FIRST_SHARD, "file"), "a file elsewhere"),
+    ],
+)
+def test_a_damaged_manifest_is_named(value, path, message, prepared, tmp_path):
+    manifest = json.loads(json.dumps(prepared.manifest))
+    put(manifest, value, *path)
+    (tmp_path / "prepared.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        DataError, match=rf"prepared\.json: damaged, or written by hand: .*{message}"
+    ):
+        open_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"format": 1, "spl', "", "[]", "3", "{}", "[" * 100_000, "\0"])
+def test_a_manifest_that_was_cut_is_named(text, tmp_path):
+    (tmp_path / "prepared.json").write_text(text)
+    with pytest.raises(DataError, match=r"prepared\.json: .*Copy it again"):
+        open_prepared(tmp_path)
+
+
+def test_shards_of_other_rows_or_columns_are_named(prepared, tmp_path):
+    shutil.copytree(prepared.path, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads(json.dumps(prepared.manifest))
+    put(manifest, 10**6, *FIRST_SHARD, "rows")
+    (tmp_path / "prepared.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="other rows or columns"):
+        open_prepared(tmp_path).split("test")
+
+
+def test_a_damaged_tokenizer_of_a_prepared_log_is_named(prepared, tmp_path):
+    shutil.copytree(prepared.path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
+        _ = open_prepared(tmp_path).tokenizer

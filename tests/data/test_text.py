@@ -49,11 +49,14 @@ def test_too_little_text_is_named(tokenizer):
         ("table.xlsx", "x", "unknown kind"),
         ("rows.jsonl", '{"q": "x"}\n', "no column text"),
         ("empty.txt", "", "there is no text"),
+        ("bytes.txt", b"\xff", "not a readable table: .utf-8. codec"),
+        ("rows.json", b'{"text": "\xff"}\n', "not a readable table"),
+        ("cut.parquet", b"PAR1abc", "not a readable table"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         load_text([str(tmp_path / name)])
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -63,6 +64,12 @@ def to_parquet(log):
     buffer = io.BytesIO()
     pl.DataFrame(dict(zip(COLUMNS, log, strict=True)), strict=False).write_parquet(buffer)
     return buffer.getvalue()
+
+
+def to_json_lines(log):
+    rows = (dict(zip(COLUMNS, row, strict=True)) for row in zip(*log, strict=True))
+    lines = (json.dumps(row, default=as_text, ensure_ascii=False) for row in rows)
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 # -------------------------------------------------------------------------------- what they mean

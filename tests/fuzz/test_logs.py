@@ -16,7 +16,7 @@ from hf_rece.errors import DataError, HfReceError
 from tests.fuzz import logs
 from tests.fuzz.cases import cases
 
-FORMATS = ("csv", "tsv", "parquet", "polars", "pandas", "dataset")
+FORMATS = ("csv", "tsv", "jsonl", "parquet", "polars", "pandas", "dataset")
 
 
 @st.composite
@@ -35,8 +35,8 @@ def source_of(log, kind, options, folder):
     if kind in ("csv", "tsv"):
         path.write_bytes(logs.to_csv(log, "," if kind == "csv" else "\t", **options))
         return path
-    if kind == "parquet":
-        path.write_bytes(logs.to_parquet(log))
+    if kind in ("parquet", "jsonl"):
+        path.write_bytes(logs.to_parquet(log) if kind == "parquet" else logs.to_json_lines(log))
         return path
     columns = dict(zip(logs.COLUMNS, log, strict=True))
     if kind == "polars":
@@ -136,6 +136,8 @@ def broken(draw):
     kind = draw(st.sampled_from(["csv", "tsv", "parquet", "inter", "jsonl"]))
     if kind == "parquet":
         whole = logs.to_parquet(log)
+    elif kind == "jsonl":
+        whole = logs.to_json_lines(log)
     else:
         line_end = draw(st.sampled_from(["\n", "\r\n", "\r"]))
         whole = logs.to_csv(log, "," if kind == "csv" else "\t", line_end, draw(st.booleans()))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import LOSSES, build_loss
-from hf_rece.ops import stream, stream_torch
+from hf_rece.ops import fallback, products, stream, stream_torch
 from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.stream import choose_kernel
@@ -25,6 +25,8 @@ from tests.ops.every_kernel import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime.errors import OutOfResources
 
 from hf_rece.ops import stream_triton, triton_windows
 
@@ -112,6 +114,32 @@ def test_inputs_of_two_dtypes_are_multiplied_in_float32(device):
         torch.testing.assert_close(left, right, **TOLERANCE)
 
 
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [20, 300])
+def test_autocast_rounds_operands_alone(width, dtype, device, monkeypatch):
+    monkeypatch.setattr(products, "_ROUNDING_DEVICES", (device,))
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies in float32 what would be bfloat16")
+    hidden, weight, labels, bias = tensors_of(device, width=width)
+    scale = {"logit_scale": 0.3, "observe": False}
+
+    def found(backend, operands, autocast):
+        with torch.autocast(device, dtype=dtype, enabled=autocast):
+            return loss_and_grads("cross_entropy", backend, *operands, labels, bias, **scale)
+
+    rounded = [t.detach().to(dtype).float().requires_grad_() for t in (hidden, weight)]
+    exact = found("torch", rounded, False)
+    for backend in ("torch", "triton"):
+        cast = found(backend, (hidden, weight), True)
+        torch.testing.assert_close(cast[0], exact[0], **TOLERANCE)
+        for left, right in zip(cast[1:], exact[1:], strict=True):
+            assert left.dtype == torch.float32
+            error = (left - right).norm() / right.norm()
+            assert error < 2 * torch.finfo(dtype).eps
+        assert not torch.equal(cast[0], found(backend, (hidden, weight), False)[0])
+
+
 # ------------------------------------------------------------------------------------------ shapes
 
 
@@ -125,6 +153,7 @@ def test_inputs_of_two_dtypes_are_multiplied_in_float32(device):
         ("stratified", 4, 150, 1),
         ("stratified", 12, 141, 260),
         ("rece", 16, 150, 100),
+        ("cross_entropy", 4, 141, 5000),
     ],
 )
 def test_any_shape(name, n_tokens, n_classes, width, device):
@@ -237,3 +266,35 @@ def test_auto_takes_triton_where_a_gpu_is_served(monkeypatch):
     monkeypatch.setattr(stream, "_native_kernel", lambda *_: pytest.fail("this is no CPU"))
     hidden = torch.ones(2, 2, device="meta")
     assert choose_kernel("auto", hidden, DenseRows(hidden)) is stream_triton
+
+
+class _Refusing:
+    """A kernel whose launches fail."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        raise self.error
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "rows"])
+def test_what_does_not_compile_is_left_to_torch_once_and_for_all(fails_in, monkeypatch):
+    refusal = OutOfResources(300_000, 232_448, "shared memory")
+    hidden, weight, labels, bias = tensors_of("cpu", width=20)
+    wanted = loss_and_grads("cross_entropy", "torch", hidden, weight, labels, bias)
+    monkeypatch.setattr(fallback, "_refusals", [])
+    monkeypatch.setattr(stream, "_has_fast_gpu", lambda hidden: True)
+    monkeypatch.setattr(stream, "_native_kernel", lambda *_: stream_triton)
+    monkeypatch.setattr(stream_triton, f"{fails_in}_kernel", _Refusing(refusal))
+    with pytest.raises(OutOfResources):
+        loss_and_grads("cross_entropy", "triton", hidden, weight, labels, bias)
+    assert not fallback.is_refused()
+    with pytest.warns(UserWarning, match=r"Triton refused a kernel.*shared memory") as said:
+        found = loss_and_grads("cross_entropy", "auto", hidden, weight, labels, bias)
+    assert len(said) == 1
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, **TOLERANCE)
+    fast = torch.ones(2, 2, device="meta")
+    assert choose_kernel("auto", fast, DenseRows(fast)) is stream_torch
+    assert choose_kernel("triton", torch.ones(2, 2), DenseRows(weight)) is stream_triton

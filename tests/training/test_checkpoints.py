@@ -14,6 +14,7 @@ import transformers.trainer as of_transformers
 from hf_rece.errors import ArgumentError, DataError, WriteError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.training.reporting import TRAINING_RUN
+from tests.processes import in_processes
 from tests.training.test_trainer import make_data, make_trainer
 
 data = pytest.fixture(make_data, scope="module", name="data")
@@ -89,7 +90,7 @@ def test_no_checkpoint_is_deleted_in_part(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", noting)
     trainer.train()
-    assert places == {"_unfinished"}
+    assert places == {"_unfinished", "_unfinished-old"}
     assert names(tmp_path) == ["checkpoint-6"]
 
 
@@ -156,6 +157,7 @@ def test_weights_elsewhere_are_not_read(data, saved, tmp_path):
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "elsewhere.safetensors")
     (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "../../elsewhere.safetensors"}}
+    remove(checkpoint / "files.json")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     trainer = make_trainer(data, folder, **SAVING)
     with pytest.raises(ArgumentError, match="names files elsewhere"):
@@ -241,3 +243,102 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(method, data, saved, tmp_pa
     trainer.train(resume_from_checkpoint=True)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert same_weights(trainer.model, saved[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_checkpoint_that_is_written_again_is_never_lost(data, saved, tmp_path, monkeypatch):
+    folder = copy_of(saved, tmp_path)
+    rename = Path.rename
+
+    def dying(path, target):
+        if Path(target) == folder / "checkpoint-4":
+            die()
+        return rename(path, target)
+
+    def train():
+        monkeypatch.setattr(Path, "rename", dying)
+        make_trainer(data, folder, **SAVING).train()
+
+    assert in_child(train) == signal.SIGKILL
+    shutil.rmtree(folder / "checkpoint-6")
+    assert "checkpoint-4" not in names(folder)
+    trainer = make_trainer(data, folder, **SAVING)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert names(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert same_weights(trainer.model, saved[1])
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(data, saved, tmp_path, monkeypatch):
+    folder = copy_of(saved, tmp_path)
+    rename = Path.rename
+
+    def failing(path, target):
+        if path == folder / "_unfinished" / "checkpoint-4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    trainer = make_trainer(data, folder, **SAVING)
+    with pytest.raises(WriteError, match="checkpoint-4: not written"):
+        trainer.train()
+    assert trainer._problem_of(folder / "checkpoint-4") is None
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("file", ["optimizer_of_vocabulary.safetensors", "shard/rows.distcp"])
+def test_any_file_of_a_checkpoint_is_missed(file, data, saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    checkpoint = folder / "checkpoint-6"
+    sizes = json.loads((checkpoint / "files.json").read_text())
+    assert sizes == {
+        path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "files.json"
+    }
+    (checkpoint / "files.json").write_text(json.dumps({**sizes, file: 3}))
+    trainer = make_trainer(data, folder, **SAVING)
+    assert trainer._problem_of(checkpoint) == f"there is no {file} in it"
+    (checkpoint / file).parent.mkdir(exist_ok=True)
+    (checkpoint / file).write_text("ab")
+    assert trainer._problem_of(checkpoint).startswith(f"{file} is cut short")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(data, saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    for checkpoint in folder.glob("checkpoint-*"):
+        remove(checkpoint / "files.json")
+    trainer = make_trainer(data, folder, **SAVING)
+    assert trainer._newest_whole_checkpoint() == str(folder / "checkpoint-6")
+
+
+def chosen(rank, folder):
+    """What each of two processes resumes from, of which the second sees less of the disk."""
+    trainer = make_trainer(make_data(), folder, **SAVING)
+    assert trainer.accelerator.num_processes == 2
+    if rank:
+        trainer._problem_of = lambda checkpoint: "not seen yet"
+    found = [trainer._checkpoint_of_first_process()]
+    if not rank:
+        trainer._problem_of = lambda checkpoint: "damaged"
+    try:
+        trainer._checkpoint_of_first_process()
+    except ArgumentError as error:
+        found.append(str(error))
+    return found
+
+
+def test_all_processes_resume_from_what_the_first_one_sees(saved):
+    folder = str(saved[0])
+    first, second = in_processes(chosen, 2, folder)
+    assert first[0] == second[0] == f"{folder}/checkpoint-6"
+    assert "checkpoint-6: damaged" in first[1]
+    assert "None" in first[1]
+    assert "the first process found none that is whole" in second[1]
+
+
+def test_other_processes_remove_nothing(data, tmp_path):
+    trainer = make_trainer(data, tmp_path, **SAVING)
+    trainer.is_local_process_zero = lambda: False
+    with trainer._saving(tmp_path / "_unfinished"):
+        (tmp_path / "_unfinished").mkdir()
+    assert names(tmp_path) == ["_unfinished"]

@@ -273,3 +273,25 @@ def test_the_command_prints_and_writes(runs, tmp_path, capsys, changed, monkeypa
         assert word in shown, word
     assert "Warning: the runs were evaluated on different data" in shown
     assert output.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"training_run": "x"}),
+        ("config.json", {"training_run": {"metrics": {"test": [1]}}}),
+        ("config.json", {"training_run": {"metrics": {"test": {"ndcg@10": "x"}}}}),
+        ("config.json", {"backbone": 3}),
+        (TRAINING_RUN, {"log_history": [1]}),
+        (TRAINING_RUN, {"log_history": "abc"}),
+        (TRAINING_RUN, {"log_history": [{"step": None, "eval_loss": 1.0}]}),
+        (TRAINING_RUN, {"loss_kwargs": "x"}),
+        (TRAINING_RUN, {"arguments": 1}),
+    ],
+)
+def test_a_damaged_record_is_named(file, change, runs, tmp_path):
+    shutil.copytree(runs / "exact", tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match="run: its record of a run is damaged"):
+        compare_runs(tmp_path / "run")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_rece.ops.lsh import Chunks, buckets, sort_into_chunks
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
+from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows
 
 
@@ -39,15 +40,19 @@ def rece_plan(
         tile_bytes: bytes of a tile.
 
     Memory:
-        O(R (N + C)) integers.
+        O(R (N + C)) integers. Over ShardedRows too, in every process: all classes are sorted
+        together.
     """
+    operands = search_dtype(hidden, rows.tensors())
     grids: list[Grid] = []
     earlier: list[EarlierRound] = []
     for round_directions in directions.unbind(0):
-        token_chunks = sort_into_chunks(
-            buckets(DenseRows(hidden), round_directions, tile_bytes), n_chunks
+        token_chunks, class_chunks = (
+            sort_into_chunks(
+                buckets(vectors, round_directions, tile_bytes, operands=operands), n_chunks
+            )
+            for vectors in (DenseRows(hidden), rows)
         )
-        class_chunks = sort_into_chunks(buckets(rows, round_directions, tile_bytes), n_chunks)
         classes = class_chunks.table(padding=rows.n_rows)
         if excluded_ids is not None:
             excluded = torch.isin(classes, excluded_ids.to(classes.dtype))
@@ -57,6 +62,7 @@ def rece_plan(
                 tokens=_windows(token_chunks, n_extra_chunks, padding=len(hidden)),
                 classes=classes,
                 skip=_label_places(token_chunks, class_chunks, labels, n_extra_chunks),
+                skips_once=True,
                 earlier=tuple(earlier),
             )
         )
