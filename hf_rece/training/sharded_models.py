@@ -83,6 +83,9 @@ class ShardedModels(Trainer):
         """Return the parameters of each group, if an evaluation has cut the model before."""
         if self.optimizer is None or not isinstance(self.model, FSDPModule):
             return []
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the last layers whole
         return [list(group["params"]) for group in self.optimizer.param_groups]
 
     def _refuse_what_needs_whole_weights(self) -> None:
