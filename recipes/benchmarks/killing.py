@@ -176,9 +176,9 @@ def kill_preparing(folder: Path, n_kills: int, draw: random.Random) -> dict[str,
 
 
 def write_log(folder: Path) -> None:
-    """Write 1.6 million interactions as twelve files."""
+    """Write a million and a half interactions as twelve files."""
     folder.mkdir()
-    log = generate_interactions(70_000, 20_000).sort("timestamp", maintain_order=True)
+    log = generate_interactions(130_000, 20_000).sort("timestamp", maintain_order=True)
     for number, part in enumerate(log.iter_slices(-(-len(log) // 12))):
         part.write_parquet(folder / f"{number:02d}.parquet")
 

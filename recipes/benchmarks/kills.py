@@ -219,8 +219,9 @@ def main() -> None:
             n_kills = max(1, round(args.share * KILLS[job]))
             record[job] = kill_job(Path(name) / job, job, n_kills, draw)
             record[job]["commit"] = environment()["commit"]
-    record["kills"] = sum(record[job]["kills"] for job in KILLS if job in record)
-    record["environment"] = environment()
+    found = {job: record[job] for job in KILLS if job in record}
+    total = sum(each["kills"] for each in found.values())
+    record = {**found, "kills": total, "environment": environment()}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(RESULTS.read_text())
 
