@@ -90,7 +90,7 @@ def _in_process(rank, world_size, folder, function, arguments):
 
 
 def record_messages():
-    """Return a list to which each collective of this process is added from now on: name, shape.
+    """Return a list to which each collective is added from now on: name, shape, bytes of a row.
 
     Of an exchange, the shape is (rows sent to each process, rows received of each process).
     """
@@ -99,11 +99,11 @@ def record_messages():
         original = getattr(distributed, name)
 
         def send(*args, name=name, original=original, **kwargs):
+            values = args[name in ("all_gather", "all_to_all_single")]
+            shape = tuple(values.shape)
             if name == "all_to_all_single":
                 shape = tuple(args[3]), tuple(args[2])
-            else:
-                shape = tuple(args[name == "all_gather"].shape)
-            sent.append((name, shape))
+            sent.append((name, shape, values.element_size() * values.shape[1:].numel()))
             return original(*args, **kwargs)
 
         setattr(distributed, name, send)
@@ -113,8 +113,8 @@ def record_messages():
 def assert_messages_fit(of_processes):
     """Check that all processes of a group send the same messages, of shapes that fit together."""
     for of_all in zip(*of_processes, strict=True):
-        names, shapes = zip(*of_all, strict=True)
-        assert len(set(names)) == 1, names
+        names, shapes, row_bytes = zip(*of_all, strict=True)
+        assert len(set(names)) == len(set(row_bytes)) == 1, of_all
         if names[0] == "all_to_all_single":
             for i, (n_sent, _) in enumerate(shapes):
                 assert list(n_sent) == [n_received[i] for _, n_received in shapes]

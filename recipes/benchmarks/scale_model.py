@@ -336,9 +336,9 @@ def _messages(case: Case, touched: float, best: float) -> tuple[float, int]:
     if case.sharding == "ddp":
         return 2 * ring * case.parameters * FLOAT, 1
     ring = (case.group - 1) / case.group
-    # States and labels to all, the inputs' rows and their gradients, the states' gradients back.
-    sent = ring * case.scored * (2 * row + 8) + 4 * case.tokens * row
-    sent += 2 * 4 * ring * case.scored * FLOAT  # three values a token forward, one backward
+    # States and labels to all, the states' gradients back; ids and rows of inputs, and gradients.
+    sent = ring * case.scored * (2 * row + 8) + 2 * ring * case.tokens * (row + 8)
+    sent += 2 * 5 * ring * case.scored * FLOAT  # three values a token forward, two backward
     if case.loss == "rece":
         sent += 2 * ring * case.items * 2  # the buckets of all classes, two bytes in each round
     return sent + ring * best, 12

@@ -146,6 +146,9 @@ def variants(rank, sizes):
     found["bfloat16"] = build_loss("cross_entropy", reduction="sum")(
         hidden.bfloat16(), in_half, labels
     )
+    half = hidden.bfloat16().requires_grad_()
+    build_loss("cross_entropy", reduction="sum")(half, in_half, labels).backward()
+    found["bfloat16 gradient"] = half.grad
     found["nobody"] = build_loss("rece")(hidden, rows, torch.full_like(labels, IGNORED))
     bad = {
         "labels": lambda: build_loss("rece")(hidden, rows, labels + (rank == 0) * N_CLASSES),
@@ -202,7 +205,7 @@ def test_messages_depend_on_no_data_and_fit_together():
     uneven, alone = (in_processes(messages, 2, sizes) for sizes in ([5, 2], [0, 7]))
     for name in uneven[0]:
         every = [sent for found in (*uneven, *alone) for sent in found[name]]
-        names = [[message for message, _ in sent] for sent in every]
+        names = [[message for message, *_ in sent] for sent in every]
         assert all(each == names[0] for each in names), name
         assert {"topk": 2, "rank": 4}.get(name, 6) <= len(names[0]) <= 12, names[0]
         for of_processes in (uneven, alone):
@@ -242,6 +245,14 @@ def test_sums_add_up(of_two):
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+def test_gradients_of_bfloat16_states_are_sent_back(of_two):
+    hidden, labels, weight, _ = batch()
+    half = hidden.bfloat16().requires_grad_()
+    build_loss("cross_entropy", reduction="sum")(half, weight.bfloat16(), labels).backward()
+    got = torch.cat([found["bfloat16 gradient"] for found in of_two])
+    torch.testing.assert_close(got, half.grad, rtol=0.02, atol=0.02)
 
 
 def test_a_memory_budget_gives_all_processes_the_same_plan(of_two):

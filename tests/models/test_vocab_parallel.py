@@ -354,8 +354,8 @@ def messages(rank, n_first):
 def test_messages_of_a_model_depend_on_no_data_and_fit_together():
     of_each = [in_processes(messages, 2, n_first) for n_first in (1, 3)]
     for name, sent in of_each[0][0].items():
-        names = [message for message, _ in sent]
+        names = [message for message, *_ in sent]
         assert 2 <= len(names) <= 20
         for of_two in of_each:
-            assert [message for message, _ in of_two[0][name]] == names
+            assert [message for message, *_ in of_two[0][name]] == names
             assert_messages_fit([found[name] for found in of_two])

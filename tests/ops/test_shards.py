@@ -10,6 +10,7 @@ from hf_rece.ops.rows import DenseRows, as_output_rows
 from hf_rece.ops.same_draws import same_draws
 from hf_rece.ops.shards import ShardedRows, VocabShards, shard_classes
 from hf_rece.ops.topk import label_rank, streamed_topk
+from hf_rece.ops.vocab_mesh import vocab_mesh
 from tests.processes import in_processes
 
 N_CLASSES, WIDTH = 103, 6
@@ -125,6 +126,57 @@ def test_draws_are_those_of_the_first_process(processes):
         wanted = torch.rand(3, generator=generator)
         for found in processes:
             assert torch.equal(found[name], wanted)
+
+
+# ---------------------------------------------------------------------------- several groups
+
+
+def in_meshes(rank):
+    """What each arrangement of four processes finds, all of which are seeded alike."""
+    found = {}
+    for size in (1, 2, 4):
+        shards = shard_classes(N_CLASSES, vocab_mesh(size))
+        place = shards.data_rank, shards.rank, shards.data_size, shards.world_size
+        drawn = []
+        for generator in (None, torch.Generator().manual_seed(0)):
+            torch.manual_seed(0)
+            with same_draws(shards, generator, torch.device("cpu")):
+                drawn.append(torch.rand(3, generator=generator).tolist())
+        own = torch.tensor([float(rank)])
+        taken = shards.take_from_main(own + 5).item()
+        found[size] = place, drawn, taken, shards.average_over_data(own).item()
+    with pytest.raises(ArgumentError, match="4 processes are no rows of as many"):
+        vocab_mesh(3)
+    found["all"] = vocab_mesh().shape
+    return found
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    return in_processes(in_meshes, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_neighbours_hold_a_vocabulary_together(meshes, size):
+    for rank, found in enumerate(meshes):
+        place, _, taken, mean = found[size]
+        assert place == (rank // size, rank % size, 4 // size, size)
+        assert taken == 5  # the first of all
+        column = torch.arange(rank % size, 4, size)
+        assert mean == column.float().mean()
+        assert found["all"] == (1, 4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_group_draws_together_and_groups_draw_apart(meshes, size):
+    of_groups = [[found[size][1] for found in meshes[first:][:size]] for first in range(0, 4, size)]
+    for draws in of_groups:
+        assert all(drawn == draws[0] for drawn in draws)
+    firsts = [draws[0] for draws in of_groups]
+    wanted = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
+    assert firsts[0] == [wanted, wanted]  # as one process
+    every = [tuple(drawn) for first in firsts for drawn in first]
+    assert len(set(every)) == len(firsts)
 
 
 # ------------------------------------------------------------------------------------ no processes
