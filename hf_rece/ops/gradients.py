@@ -6,6 +6,8 @@ there together:
     every class in order    the classes are walked in windows, each a third of those left: what is
                             not yet written of the result is the room for a window's sums, and for
                             those of the hidden states until their last classes are walked
+    few pairs a class       the same for a very large table on a GPU, which walks the whole plan for
+                            each window
     any other plan          the sums are rounded where they lie
 """
 
@@ -14,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, starmap
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_rece.ops.labels import label_backward
 from hf_rece.ops.plan import MIN_TILE_SIDE, Grid, Plan
+from hf_rece.ops.products import multiplies_halves
 from hf_rece.ops.rows import DenseRows, gradient_buffer, gradient_buffers, narrowed
 from hf_rece.ops.stream_torch import Gradients, Scores
 
@@ -27,6 +32,8 @@ AddGradients = Callable[[Scores, Plan, Gradients], None]
 
 # Bytes of sums below which windows, of which there are a dozen, cost more than they save.
 _WORTH_WINDOWS = 16 * 2**20
+# The same of plans that gather their classes, whose pairs are all scored again for each window.
+_WORTH_PASSES, _PAIRS_A_CLASS = 2**30, 100
 # Bytes of sums that may have room of their own.
 _OWN_ROOM = 2**20
 
@@ -138,11 +145,20 @@ def _pays_windows(scores: Scores, plan: Plan, wanted: Wanted) -> bool:
     if type(scores.rows) is not DenseRows or not all(wanted.rows):
         return False
     weight = scores.rows.weight
-    return (
-        weight.dtype.itemsize == 2
-        and 4 * weight.numel() > _WORTH_WINDOWS
-        and all(grid.classes is None for grid in plan.grids)
+    if weight.dtype.itemsize != 2:
+        return False
+    if not _gathers(plan):
+        return 4 * weight.numel() > _WORTH_WINDOWS
+    n_pairs = sum(
+        grid.tokens.numel() * (plan.n_classes if grid.classes is None else grid.classes.shape[1])
+        for grid in plan.grids
     )
+    is_cheap = multiplies_halves(weight.device) and n_pairs <= _PAIRS_A_CLASS * plan.n_classes
+    return is_cheap and 4 * weight.numel() > _WORTH_PASSES
+
+
+def _gathers(plan: Plan) -> bool:
+    return any(grid.classes is not None for grid in plan.grids)
 
 
 def _by_windows(
@@ -162,6 +178,8 @@ def _by_windows(
     if wanted.hidden and hidden.dtype.itemsize == 2 and 6 * len(hidden) <= n_classes:
         # Of the last rows, two a token are lent to the hidden states' sums.
         kept, end = (_aligned(n_classes - rows * len(hidden)) for rows in (3, 2))
+    if _gathers(plan):
+        kept = 0  # a walk for all hidden states, and one for each window
     least = _OWN_ROOM // (4 * width)
     first = window_edges(0, kept, end, least)
     second = window_edges(kept, n_classes, n_classes, least)
@@ -231,7 +249,8 @@ class _Cut:
         none = labels.ids.new_empty(0)
         keys = [labels.ids]
         for grid in plan.grids:
-            keys.append(none if grid.skip is None else grid.skip[:, 2].contiguous())
+            by_class = grid.skip is not None and grid.classes is None
+            keys.append(grid.skip[:, 2].contiguous() if by_class else none)
             keys.append(none if grid.blocked is None else grid.blocked)
         at = torch.tensor(edges, device=none.device)
         orders, bounds = [], []
@@ -271,7 +290,9 @@ class _Cut:
 
 
 def _window_of(grid: Grid, window: slice, skip: Tensor, blocked: Tensor) -> Grid:
-    """Return the part of a grid of all classes, of whose skips and blocks these places are here."""
+    """Return the part of a grid in a window, of whose skips and blocks these places are here."""
+    if grid.classes is not None:
+        return _gathered_of(grid, window)
     first, weight = window.start, grid.class_log_weight
     pairs = None if grid.skip is None else grid.skip[skip] - grid.skip.new_tensor([0, 0, first])
     return replace(
@@ -279,4 +300,20 @@ def _window_of(grid: Grid, window: slice, skip: Tensor, blocked: Tensor) -> Grid
         skip=pairs,
         blocked=None if grid.blocked is None else grid.blocked[blocked] - first,
         class_log_weight=None if weight is None else weight[:, window],
+    )
+
+
+def _gathered_of(grid: Grid, window: slice) -> Grid:
+    """Return a grid in which the classes outside a window are padding."""
+    classes, first = cast(Tensor, grid.classes), window.start
+    outside = (classes < first) | (classes >= window.stop)
+    earlier = tuple(
+        replace(found, class_chunks=F.pad(found.class_chunks[window], (0, 1)))
+        for found in grid.earlier
+    )
+    return replace(
+        grid,
+        classes=(classes - first).masked_fill_(outside, window.stop - first),
+        own_labels=None if grid.own_labels is None else grid.own_labels - first,
+        earlier=earlier,
     )

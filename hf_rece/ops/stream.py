@@ -170,8 +170,9 @@ def stream(
         ArgumentError: for an unknown backend, or one that cannot run here.
 
     Memory:
-        O(N + D * C) for the gradients, plus one tile. Forward keeps two numbers a token. Where a
-        tile does not fit, its pass begins again with tiles half as large, once, with a warning.
+        The gradients, plus one tile; gradients.py says how they are added up in float32. Forward
+        keeps two numbers a token. Where a tile does not fit, its pass begins again with tiles half
+        as large, once, with a warning.
     """
     kernel = choose_kernel(backend, hidden, rows)
     autocast = autocast_dtype(hidden.device)

@@ -96,6 +96,17 @@ def test_more_numbers_than_fit_into_32_bits():
         assert_close_in_norm(weight.grad[-64:], (share.T @ hidden.float()).double(), 0.02)
 
 
+@pytest.mark.parametrize("width", [64, 1024])
+def test_half_precision_gradients_take_no_more_room_than_themselves(width):
+    hidden, weight, labels = problem(width, torch.bfloat16, 4096, 2**27 // width)
+    loss = build_loss("cross_entropy", backend="triton")(hidden, weight, labels)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < sum(grad.nbytes for grad in grads) + 4 * 2**20
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [64, 1000])
 @pytest.mark.parametrize("name", ["cross_entropy", "sce", "stratified"])

@@ -11,18 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_rece.losses import build_loss
-from hf_rece.ops import gradients, rows
+from hf_rece.ops import gradients, products, rows
 from hf_rece.ops.gradients import window_edges
 from hf_rece.ops.rows import narrowed
-from tests.ops.every_kernel import SHAPING, loss_and_grads, tensors_of
+from tests.ops.every_kernel import KNOBS, SHAPING, loss_and_grads, tensors_of
 
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted"),
-    ),
-]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -74,8 +68,14 @@ def test_sums_are_rounded_where_they_lie(n, dtype):
     assert n == 0 or found.untyped_storage().data_ptr() == memory
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        pytest.param("triton", torch.float16, marks=interpreted),
+    ],
+)
 @pytest.mark.parametrize("shaping", [{}, SHAPING], ids=["plain", "shaped"])
 def test_windows_change_no_gradient(backend, dtype, shaping, monkeypatch):
     # Labels of 52 tokens lie in the first window; 531 rows lend two to each of 64 tokens.
@@ -95,18 +95,46 @@ def test_windows_change_no_gradient(backend, dtype, shaping, monkeypatch):
         torch.testing.assert_close(left.float(), right.float(), rtol=eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "torch") for name in KNOBS if name != "cross_entropy"),
+        pytest.param("sce", "triton", marks=interpreted),
+    ],
+)
+def test_windows_of_gathered_classes_change_no_gradient(name, backend, monkeypatch):
+    tensors = tensors_of("cpu", n_tokens=64, n_classes=431, dtype=torch.float16)
+    monkeypatch.setattr(products, "_ROUNDING_DEVICES", ("cpu",))
+    whole = loss_and_grads(name, backend, *tensors, observe=False, **SHAPING)
+    monkeypatch.setattr(gradients, "_WORTH_PASSES", 0)
+    monkeypatch.setattr(gradients, "_PAIRS_A_CLASS", 1000)
+    monkeypatch.setattr(gradients, "_OWN_ROOM", 0)
+    walked = []
+    room = gradients._room
+    monkeypatch.setattr(gradients, "_room", lambda r, w: (walked.append(w), room(r, w))[1])
+    cut = loss_and_grads(name, backend, *tensors, observe=False, **SHAPING)
+    assert [w.stop for w in walked] == [128, 192, 256, 431]
+    for left, right in zip(cut, whole, strict=True):
+        error = (left.float() - right.float()).norm()
+        assert error <= 2 * torch.finfo(torch.float16).eps * right.float().norm()
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("name", ["cross_entropy", "sampled_softmax"])
-def test_half_precision_gradients_take_little_beside_the_result(name, monkeypatch):
+def test_half_precision_gradients_take_little_beside_the_result(name, is_gpu, monkeypatch):
     n_tokens, n_classes, width, tile = 64, 40_000, 64, 2**18
     hidden = torch.randn(n_tokens, width, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(n_classes, width, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(n_classes, (n_tokens,))
     monkeypatch.setattr(gradients, "_WORTH_WINDOWS", 2**20)
     monkeypatch.setattr(gradients, "_OWN_ROOM", 2**16)
+    if is_gpu:
+        monkeypatch.setattr(gradients, "_WORTH_PASSES", 2**20)
+        monkeypatch.setattr(products, "_ROUNDING_DEVICES", ("cpu",))
     loss = build_loss(name, tile_bytes=tile)(hidden, weight, labels)
     with LiveBytes() as live:
         torch.autograd.grad(loss, (hidden, weight))
     in_half = 2 * n_classes * width
-    # All classes: the result alone. Few: the sums, rounded in place.
-    most = in_half if name == "cross_entropy" else 2 * in_half
+    # All classes, or a GPU: the result alone. Else the sums, rounded in place.
+    most = in_half if is_gpu or name == "cross_entropy" else 2 * in_half
     assert in_half < live.peak < most + 2 * n_tokens * width + 2**18 + 3 * tile
