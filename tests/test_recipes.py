@@ -192,11 +192,34 @@ def test_spark_writes_the_files_of_prepare_log(split, tmp_path):
     prepare_log(source, tmp_path / "ours", split=split, **settings)
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     words += ["--train_file", source, "--output_dir", str(tmp_path / "sparks"), "--split", split]
+    left = tmp_path / "sparks" / "data" / "train-00000-of-00009.parquet"  # of a run that was killed
+    left.parent.mkdir(parents=True)
+    (tmp_path / "sparks" / "unfinished").mkdir()
+    left.write_text("half")
     run("sequential_recommendation/prepare_spark.py", *words)
     open_prepared(tmp_path / "sparks").check()
+    assert not left.exists()
+    assert "/" not in json.dumps(open_prepared(tmp_path / "sparks").manifest["asked_for"])
     for path in (tmp_path / "ours").rglob("*"):
         if path.is_file() and path.name != "prepared.json":
             same = tmp_path / "sparks" / path.relative_to(tmp_path / "ours")
             assert path.read_bytes() == same.read_bytes()
     manifests = [open_prepared(tmp_path / name).manifest for name in ("ours", "sparks")]
     assert {**manifests[0], "asked_for": 0} == {**manifests[1], "asked_for": 0}
+
+
+@pytest.mark.slow
+def test_spark_refuses_missing_values(tmp_path):
+    pytest.importorskip("pyspark")
+    log = generate_interactions(20, 10)
+    log[3, "item_id"] = None
+    log.write_parquet(tmp_path / "log.parquet")
+    words = ["--train_file", str(tmp_path / "log.parquet"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "sequential_recommendation/prepare_spark.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode
+    assert "the log, column 'item_id': 1 of" in done.stderr

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.ops import native
-from hf_rece.ops.products import product
+from hf_rece.ops.products import product, without_autocast
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
 from hf_rece.ops.shards import VocabShards
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
@@ -166,13 +166,16 @@ def random_directions(n: int, hidden: Tensor, generator: torch.Generator | None 
 
 
 @torch.no_grad()
-def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
+def buckets(
+    vectors: OutputRows, directions: Tensor, tile_bytes: int, *, operands: torch.dtype | None = None
+) -> Tensor:
     """Return (K,) int16 or int32, for each of K vectors the direction it lies closest to.
 
     Args:
         vectors: K rows of width D.
         directions: (B, D); a vector's bucket is argmax over b of <directions[b], vector>.
         tile_bytes: bytes of one tile of inner products.
+        operands: dtype that vectors and directions are rounded to; None for that of the directions.
     """
     n_buckets = len(directions)
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
@@ -184,16 +187,18 @@ def buckets(vectors: OutputRows, directions: Tensor, tile_bytes: int) -> Tensor:
         torch.arange(-(-n_buckets // _LANE) * _LANE, device=found.device) % n_buckets
     ]
     countdown = torch.arange(len(padded), 0, -1, dtype=padded.dtype, device=found.device)
+    padded = padded.to(operands or padded.dtype)
 
     def scan(tile_bytes: int) -> None:
         # Half a tile: the maximum is taken while the scores are still near the processor.
         step = max(64, tile_bytes // (8 * (n_buckets + vectors.width)) // 64 * 64)
         for start in range(0, vectors.n_rows, step):
             piece = slice(start, min(start + step, vectors.n_rows))
-            scores = product(vectors.rows(piece).to(directions.dtype), padded)
+            scores = product(vectors.rows(piece).to(padded.dtype), padded)
             found[piece] = len(padded) - _first_of_largest(scores, countdown)
 
-    with_smaller_tiles(tile_bytes, scan)
+    with without_autocast(found.device):
+        with_smaller_tiles(tile_bytes, scan)
     return found.remainder_(n_buckets)  # equal directions need not round alike
 
 

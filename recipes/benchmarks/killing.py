@@ -2,9 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,6 +17,9 @@ import pyarrow.parquet as pq
 import torch
 
 from hf_rece import HfReceError, ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import MANIFEST, open_prepared
+from hf_rece.data.synthetic import generate_interactions
 from hf_rece.serving.export import export_encoder
 from hf_rece.serving.item_index import ItemIndex
 from hf_rece.serving.user_files import recommend_parquet
@@ -137,6 +143,60 @@ JOBS = {
     "recommend": recommending,
     "export": exporting,
 }
+
+
+def kill_preparing(folder: Path, n_kills: int, draw: random.Random) -> dict[str, int]:
+    """Kill the preparation of a log and go on, until it ends; its files must be the same ones.
+
+    Polars has threads, which do not outlive a fork: only children work with it.
+    """
+    files = folder / "log"
+    forked(partial(write_log, files))
+    job = partial(prepare_log, str(files / "*.parquet"), split="temporal", n_shards=20)
+    started = time.perf_counter()
+    forked(partial(job, folder / "calm"))
+    seconds = time.perf_counter() - started
+    wanted = hashes(folder / "calm")
+    rows = open_prepared(folder / "calm").manifest["interactions"]
+    found = {"interactions": rows, "kills": 0, "runs": 0, "runs_not_bit_equal": 0}
+    found |= {"runs_that_could_not_go_on": 0, "corrupt": 0}
+    while found["kills"] < n_kills:
+        output = folder / f"prepared-{found['runs']}"
+        found["runs"] += 1
+        try:
+            while not forked(partial(job, output), draw.uniform(0, 0.7 * seconds)):
+                found["kills"] += 1
+                found["corrupt"] += (output / MANIFEST).exists() and not is_sound(output)
+        except JobFailedError:
+            found["runs_that_could_not_go_on"] += 1
+            continue
+        found["runs_not_bit_equal"] += hashes(output) != wanted
+        shutil.rmtree(output)
+    return found
+
+
+def write_log(folder: Path) -> None:
+    """Write a million and a half interactions as twelve files."""
+    folder.mkdir()
+    log = generate_interactions(130_000, 20_000).sort("timestamp", maintain_order=True)
+    for number, part in enumerate(log.iter_slices(-(-len(log) // 12))):
+        part.write_parquet(folder / f"{number:02d}.parquet")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def is_sound(folder: Path) -> bool:
+    """Return whether what calls itself a prepared log is what was written."""
+    try:
+        open_prepared(folder).check()
+    except HfReceError as error:
+        print(f"prepare: {error}")
+        return False
+    return True
 
 
 def kill_writing(folder: Path, name: str, n_kills: int, draw: random.Random) -> dict[str, int]:

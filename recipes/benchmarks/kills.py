@@ -1,11 +1,12 @@
-"""Kill training, saving, indexing, exporting and recommending at random moments, and look for harm.
+"""Kill whatever writes, from preparing to recommending, at random moments, and look for harm.
 
-    python recipes/benchmarks/kills.py
+    python recipes/benchmarks/kills.py                           # all jobs
+    python recipes/benchmarks/kills.py --only prepare streaming  # keeps what is known of the others
 
 Every job is forked from a process that has imported all it needs, and killed by SIGKILL at a
 moment drawn at random; then what lies on the disk is compared, bit for bit, with what a run that
-nobody disturbed wrote. Training goes on from its newest checkpoint until it ends; samples are told
-by their contents in the log of every step. Writes results/kills.json.
+nobody disturbed wrote. Training and preparing go on where they stopped until they end; samples are
+told by their contents in the log of every step. Writes results/kills.json.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,22 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from environment import environment
-from killing import JOBS, N_ITEMS, JobFailedError, forked, kill_writing, make_model
+from killing import (
+    N_ITEMS,
+    JobFailedError,
+    forked,
+    kill_preparing,
+    kill_writing,
+    make_model,
+)
 from safetensors.torch import load_file
 from transformers.utils import logging
 
 from hf_rece import RecommenderTrainer, RecommenderTrainingArguments
+from hf_rece.data.prepare import prepare_log
+from hf_rece.data.prepared import open_prepared
+from hf_rece.data.stream import SequenceStream
+from hf_rece.data.synthetic import generate_interactions
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 N_USERS, N_STEPS, BATCH = 240, 40, 8
@@ -41,7 +54,11 @@ COUNTS = (
     "samples",
     "runs_with_samples_lost_or_repeated",
 )
-KILLS = {"save_pretrained": 30, "index": 15, "recommend": 15, "export": 8}
+KILLS = {
+    "save_pretrained": 30, "index": 15, "recommend": 15, "export": 8, "prepare": 60,
+    "training": 140, "streaming": 20,
+}  # fmt: skip
+STREAMED = "streamed"
 LOSSES: dict[str, dict[str, Any]] = {
     "cross_entropy": {},
     "stratified": {"n_hard": 32, "n_random": 32},
@@ -60,9 +77,23 @@ class LoggingTrainer(RecommenderTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def train(folder: Path, loss: str, keep: int | None = 2) -> None:
+def sequences(folder: Path, kind: str) -> Dataset | SequenceStream:
+    """Return what a run trains on: sequences in memory, or streamed from a prepared log."""
+    if kind == STREAMED:
+        return SequenceStream(open_prepared(folder.parent / "log").split("train"), buffer_size=100)
     draw = np.random.default_rng(0)
     histories = draw.integers(1, N_ITEMS, (N_USERS, 12)).tolist()
+    return Dataset.from_dict({"item_ids": histories})
+
+
+def prepare(folder: Path) -> None:
+    log = generate_interactions(N_USERS, N_ITEMS)
+    log.write_parquet(folder / "log.parquet")
+    prepare_log(folder / "log.parquet", folder / "log", n_shards=4)
+
+
+def train(folder: Path, kind: str, keep: int | None = 2) -> None:
+    loss = "cross_entropy" if kind == STREAMED else kind
     arguments = RecommenderTrainingArguments(
         output_dir=str(folder),
         max_length=12,
@@ -76,8 +107,8 @@ def train(folder: Path, loss: str, keep: int | None = 2) -> None:
         report_to="none",
         use_cpu=True,
     )
-    data = Dataset.from_dict({"item_ids": histories})
-    trainer = LoggingTrainer(make_model(0, loss, **LOSSES[loss]), arguments, train_dataset=data)
+    model, data = make_model(0, loss, **LOSSES[loss]), sequences(folder, kind)
+    trainer = LoggingTrainer(model, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
     trainer.save_model()
 
@@ -115,22 +146,27 @@ def samples(folder: Path) -> dict[int, list[list[str]]]:
     return {step: list(processes.values())[-1] for step, processes in attempts.items()}
 
 
-def kill_training(folder: Path, n_kills: int, draw: random.Random) -> dict[str, Any]:
+def kill_training(
+    folder: Path, n_kills: int, draw: random.Random, kinds: Sequence[str]
+) -> dict[str, Any]:
+    folder.mkdir()
+    if STREAMED in kinds:
+        forked(partial(prepare, folder))
     found = dict.fromkeys(COUNTS, 0)
     wanted, number = {}, 0
-    for loss in LOSSES:
-        calm = folder / f"calm-{loss}"
+    for kind in kinds:
+        calm = folder / f"calm-{kind}"
         started = time.perf_counter()
-        forked(partial(train, calm, loss, keep=None))
+        forked(partial(train, calm, kind, keep=None))
         seconds = time.perf_counter() - started
         steps = {path.name: digest(path) for path in calm.glob("checkpoint-*")}
-        wanted[loss] = (steps, digest(calm), samples(calm), seconds)
+        wanted[kind] = (steps, digest(calm), samples(calm), seconds)
     while found["kills"] < n_kills:
-        loss = list(LOSSES)[number % len(LOSSES)]
+        kind = kinds[number % len(kinds)]
         run, number = folder / f"run-{number}", number + 1
-        steps, final, seen, seconds = wanted[loss]
+        steps, final, seen, seconds = wanted[kind]
         try:
-            while not forked(partial(train, run, loss), draw.uniform(0, seconds / 2)):
+            while not forked(partial(train, run, kind), draw.uniform(0, seconds / 2)):
                 found["kills"] += 1
                 for path in run.glob("checkpoint-*"):
                     found["checkpoints"] += 1
@@ -146,6 +182,16 @@ def kill_training(folder: Path, n_kills: int, draw: random.Random) -> dict[str, 
     return found
 
 
+def kill_job(folder: Path, job: str, n_kills: int, draw: random.Random) -> dict[str, Any]:
+    if job in ("training", "streaming"):
+        kinds = list(LOSSES) if job == "training" else [STREAMED]
+        return kill_training(folder, n_kills, draw, kinds)
+    folder.mkdir()
+    if job == "prepare":
+        return kill_preparing(folder, n_kills, draw)
+    return kill_writing(folder, job, n_kills, draw)
+
+
 def is_as(folder: Path, wanted: str) -> bool:
     """Return whether a checkpoint can be read, and holds what it should."""
     try:
@@ -157,8 +203,8 @@ def is_as(folder: Path, wanted: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--training", type=int, default=140, help="kills of training")
-    parser.add_argument("--share", type=float, default=1.0, help="of the kills of other jobs")
+    parser.add_argument("--only", nargs="*", choices=KILLS, default=list(KILLS), help="jobs")
+    parser.add_argument("--share", type=float, default=1.0, help="of the kills of each job")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # threads of OpenMP do not outlive a fork
@@ -167,14 +213,15 @@ def main() -> None:
     logging.set_verbosity_error()
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        record: dict[str, Any] = {
-            job: kill_writing(folder, job, max(1, round(args.share * KILLS[job])), draw)
-            for job in JOBS
-        }
-        record["training"] = kill_training(folder, args.training, draw)
-    record["kills"] = sum(found["kills"] for found in record.values())
-    record["environment"] = environment()
+        record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        for job in args.only:
+            print(job, flush=True)
+            n_kills = max(1, round(args.share * KILLS[job]))
+            record[job] = kill_job(Path(name) / job, job, n_kills, draw)
+            record[job]["commit"] = environment()["commit"]
+    found = {job: record[job] for job in KILLS if job in record}
+    total = sum(each["kills"] for each in found.values())
+    record = {**found, "kills": total, "environment": environment()}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(RESULTS.read_text())
 

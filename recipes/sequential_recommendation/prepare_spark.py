@@ -7,11 +7,13 @@
 Needs pyspark 4 and Java 17; on a cluster, spark-submit it with hf_rece installed on all executors.
 The log is Parquet; output_dir is a folder that driver and executors share. Spark filters, counts
 and brings each shard's users together; an executor holds a shard in memory, cuts it as prepare_log
-does and writes it with the same function, so the files are the same, byte by byte.
+does and writes it with the same function, so the files are the same, byte by byte. Killed, the same
+command begins anew.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,19 +26,82 @@ from rich.console import Console
 
 from hf_rece.data.interactions import ITEM, TIME, USER
 from hf_rece.data.prepare import save_tokenizer
-from hf_rece.data.prepared import DATA, shard_path, write_manifest
+from hf_rece.data.prepared import (
+    DATA,
+    MANIFEST,
+    UNFINISHED,
+    is_prepared,
+    shard_path,
+    write_manifest,
+)
 from hf_rece.data.shards import Histories, write_splits
 from hf_rece.data.splits import split_protocol
+from hf_rece.errors import DataError
 
 
 def read(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
-    """Return user, item, time and place in the log, which decides between equal times."""
+    """Return user, item, time and place in the log, which decides between equal times.
+
+    Raises:
+        DataError: for an empty log, or missing values.
+    """
     names = {USER: args.user_column, ITEM: args.item_column, TIME: args.time_column}
-    return spark.read.parquet(args.train_file).select(
+    log = spark.read.parquet(args.train_file).select(
         *(F.col(name).alias(role) for role, name in names.items()),
         F.col("_metadata.file_path").alias("file"),
         F.col("_metadata.row_index").alias("row"),
     )
+    check_values(log, names)
+    return log
+
+
+def check_values(log: DataFrame, columns: dict[str, str]) -> None:
+    """Refuse an empty log and missing values, which joins would leave out without a word.
+
+    Raises:
+        DataError: as prepare_log.
+    """
+    types = dict(log.dtypes)
+    missing = {
+        role: F.isnull(role) | F.isnan(role)
+        if types[role] in ("float", "double")
+        else F.isnull(role)
+        for role in columns
+    }
+    counts = [F.count_if(is_missing).alias(role) for role, is_missing in missing.items()]
+    found = log.select(F.count("*").alias("rows"), *counts).first()
+    if not found["rows"]:
+        raise DataError("the log", "it is empty", "Pass one with at least one interaction")
+    for role, column in columns.items():
+        if found[role]:
+            raise DataError(
+                f"the log, column {column!r}",
+                f"{found[role]} of {found['rows']} values are missing",
+                "Drop or fill these rows",
+            )
+
+
+def begin(output: Path) -> None:
+    """Make a folder ready; what a run that was killed left there goes.
+
+    Raises:
+        DataError: if it holds anything else, or a finished log.
+    """
+    if (output / MANIFEST).exists():
+        raise DataError(str(output), "holds a prepared log", "Pass another output_dir")
+    if output.exists() and not is_prepared(output) and any(output.iterdir()):
+        raise DataError(str(output), "not empty, and not a prepared log", "Pass another output_dir")
+    (output / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    if (output / DATA).exists():
+        shutil.rmtree(output / DATA)
+    (output / DATA).mkdir()
+
+
+def asked_for(args: argparse.Namespace) -> dict[str, object]:
+    """Return what prepared.json says of the command: no folder, and no key of a bucket."""
+    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    file = args.train_file.rpartition("/")[2].partition("?")[0]
+    return {"by": Path(__file__).name, **settings, "train_file": file}
 
 
 def k_core(log: DataFrame, min_user: int, min_item: int) -> DataFrame:
@@ -81,6 +146,8 @@ def histories(users: pl.DataFrame, point: float | None) -> Histories:
 
 
 def prepare(spark: SparkSession, args: argparse.Namespace) -> None:
+    output = Path(args.output_dir)
+    begin(output)
     log = k_core(read(spark, args), args.min_user_interactions, args.min_item_interactions)
     interactions = log.count()
     quantile = args.quantile if args.split == "temporal" else None
@@ -91,8 +158,6 @@ def prepare(spark: SparkSession, args: argparse.Namespace) -> None:
 
     counts = log.groupBy(ITEM).count().orderBy(F.desc("count"), ITEM)
     items = counts.select(ITEM).toArrow()[ITEM].to_pylist()
-    output = Path(args.output_dir)
-    (output / DATA).mkdir(parents=True)
     tokenizer = save_tokenizer(output, items)
     tokens = spark.createDataFrame(list(zip(items, range(1, len(items) + 1), strict=True)))
     tokens = tokens.toDF(ITEM, "token")
@@ -114,8 +179,9 @@ def prepare(spark: SparkSession, args: argparse.Namespace) -> None:
         users=users,
         tokenizer=tokenizer,
         interactions=interactions,
-        asked_for={"by": Path(__file__).name, **vars(args)},
+        asked_for=asked_for(args),
     )
+    shutil.rmtree(output / UNFINISHED)
     Console().print(prepared.description, highlight=False)
 
 

@@ -119,12 +119,12 @@ def run(rank, folder, world_size):
     adam = trained(data, folder, world_size, loss_type="sampled_softmax", loss_kwargs=SPARSE)
     assert isinstance(adam.optimizer.optimizer, RowAdamW)
     found["adam"] = weights(adam)
-    saving = {"loss_type": "stratified", "save_strategy": "steps", "save_steps": 4}
+    saving = {"loss_type": "stratified", "save_strategy": "steps", "save_steps": 3}
     whole = trained(data, folder / "whole", world_size, **saving)
     again = make_trainer(
         data, folder / "again", per_device_train_batch_size=16 // world_size, **{**STEPS, **saving}
     )
-    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
     found["resumed"] = weights(whole), weights(again)
     return found
 

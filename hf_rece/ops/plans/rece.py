@@ -13,6 +13,7 @@ from hf_rece.ops.lsh import (
     sort_shard_into_chunks,
 )
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
+from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows
 from hf_rece.ops.shards import ShardedRows, VocabShards
 
@@ -50,13 +51,22 @@ def rece_plan(
         O(R (N + C)) integers; over ShardedRows, of C those of the process's own classes.
     """
     shards = rows.shards if isinstance(rows, ShardedRows) else VocabShards(rows.n_rows)
+    n_buckets = directions.shape[1]
+    operands = search_dtype(hidden, rows.tensors())
     grids: list[Grid] = []
     earlier: list[EarlierRound] = []
     for round_directions in directions.unbind(0):
-        token_chunks = sort_into_chunks(
-            buckets(DenseRows(hidden), round_directions, tile_bytes), n_chunks
+        own_rows = rows.local if isinstance(rows, ShardedRows) else rows
+        of_tokens, of_classes = (
+            buckets(vectors, round_directions, tile_bytes, operands=operands)
+            for vectors in (DenseRows(hidden), own_rows)
         )
-        class_chunks = _class_chunks(rows, round_directions, n_chunks, tile_bytes)
+        token_chunks = sort_into_chunks(of_tokens, n_chunks)
+        class_chunks: Chunks | ShardOfChunks = (
+            sort_shard_into_chunks(of_classes, n_buckets, n_chunks, shards)
+            if isinstance(rows, ShardedRows)
+            else sort_into_chunks(of_classes, n_chunks)
+        )
         classes = class_chunks.table(padding=shards.n_local)
         if excluded_ids is not None:
             excluded = torch.isin(classes, (excluded_ids - shards.first).to(classes.dtype))
@@ -66,6 +76,7 @@ def rece_plan(
                 tokens=_windows(token_chunks, n_extra_chunks, padding=len(hidden)),
                 classes=classes,
                 skip=_label_places(token_chunks, class_chunks, labels, n_extra_chunks, shards),
+                skips_once=True,
                 earlier=tuple(earlier),
             )
         )
@@ -74,15 +85,6 @@ def rece_plan(
                 EarlierRound(token_chunks.numbers(), class_chunks.numbers(), n_extra_chunks)
             )
     return Plan(tuple(grids), "logaddexp", len(hidden), shards.n_local, tile_bytes)
-
-
-def _class_chunks(
-    rows: OutputRows, directions: Tensor, n_chunks: int, tile_bytes: int
-) -> Chunks | ShardOfChunks:
-    if not isinstance(rows, ShardedRows):
-        return sort_into_chunks(buckets(rows, directions, tile_bytes), n_chunks)
-    own = buckets(rows.local, directions, tile_bytes)
-    return sort_shard_into_chunks(own, len(directions), n_chunks, rows.shards)
 
 
 def _windows(chunks: Chunks, reach: int, padding: int) -> Tensor:
