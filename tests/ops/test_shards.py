@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import topk
 from hf_rece.ops.lookup import lookup
 from hf_rece.ops.lsh import buckets, sort_into_chunks, sort_shard_into_chunks
 from hf_rece.ops.rows import DenseRows
@@ -56,6 +57,8 @@ def of_processes(rank, world_size):
     rows = ShardedRows(DenseRows(local), shards)
     with torch.no_grad():
         found = search_all(hidden, rows, labels, bias[classes], shards.first)
+        topk._JOINED_BYTES = 1000  # of two or four queries at once
+        found["in pieces"] = streamed_topk(hidden, rows, 12, bias=bias[classes])
     ids = IDS[rank]
     found["rows"] = lookup(rows, ids)
     (found["rows"] * (rank + 1)).sum().backward()
@@ -101,6 +104,11 @@ def test_searches_are_those_of_one_process(processes):
             tied = torch.tensor([7, 60])  # in either order
             ids = [torch.where(torch.isin(i, tied), 7, i) for i in (found[name][1], parts[1])]
             assert torch.equal(*ids), name
+
+
+def test_what_processes_found_best_is_joined_in_pieces(processes):
+    for found in processes:
+        assert all(map(torch.equal, found["in pieces"], found["topk, plain"]))
 
 
 def test_chunks_are_those_of_all_classes(processes):
