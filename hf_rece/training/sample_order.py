@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ class SampleOrder(Trainer):
         if self.args.world_size == 1 or not state.end_of_dataloader:
             return
         samples, size = getattr(state.active_dataloader, "dataset", None), self._train_batch_size
-        listed = hasattr(samples, "__len__") and not isinstance(samples, IterableDataset)
-        if not listed or sharing.split_batches or sharing.dispatch_batches:
+        if not isinstance(samples, Sized) or isinstance(samples, IterableDataset):
+            return
+        if sharing.split_batches or sharing.dispatch_batches:
             return
         n_left = len(samples) % (size * self.args.world_size)
         if n_left == 0 or self.args.dataloader_drop_last:
