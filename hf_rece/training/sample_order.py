@@ -44,7 +44,8 @@ class SampleOrder(Trainer):
         state, sharing = self.accelerator.gradient_state, self.accelerator.dataloader_config
         if self.args.world_size == 1 or not state.end_of_dataloader:
             return
-        samples, size = getattr(state.active_dataloader, "dataset", None), self._train_batch_size
+        samples: Any = getattr(state.active_dataloader, "dataset", None)
+        size = self._train_batch_size
         listed = hasattr(samples, "__len__") and not isinstance(samples, IterableDataset)
         if not listed or sharing.split_batches or sharing.dispatch_batches:
             return
