@@ -249,8 +249,8 @@ class _Cut:
         none = labels.ids.new_empty(0)
         keys = [labels.ids]
         for grid in plan.grids:
-            by_class = grid.skip is not None and grid.classes is None
-            keys.append(grid.skip[:, 2].contiguous() if by_class else none)
+            of_classes = none if grid.skip is None else grid.skip[:, 2].contiguous()
+            keys.append(of_classes if grid.classes is None else none)
             keys.append(none if grid.blocked is None else grid.blocked)
         at = torch.tensor(edges, device=none.device)
         orders, bounds = [], []

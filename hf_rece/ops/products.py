@@ -108,8 +108,9 @@ def _batched(left: Tensor, right: Tensor) -> Tensor:
 
 def _product_of_halves(left: Tensor, right: Tensor, name: Literal["mm", "bmm"]) -> Tensor:
     multiply = getattr(torch, name)
-    # Known to torch 2.8 and later, on GPUs.
-    if left.device.type == "cuda" and "dtype" in getattr(torch.ops.aten, name).overloads():
+    # Known to torch 2.8 and later, on NVIDIA's GPUs.
+    is_known = "dtype" in getattr(torch.ops.aten, name).overloads() and torch.version.hip is None
+    if left.device.type == "cuda" and is_known:
         found: Tensor = multiply(left, right, out_dtype=torch.float32)
     else:
         found = multiply(left.float(), right.float())
