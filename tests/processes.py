@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import distributed
 
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast")
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -86,3 +87,36 @@ def _in_process(rank, world_size, folder, function, arguments):
     Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def record_messages():
+    """Return a list to which each collective is added from now on: name, shape, bytes of a row.
+
+    Of an exchange, the shape is (rows sent to each process, rows received of each process).
+    """
+    sent = []
+    for name in COLLECTIVES:
+        original = getattr(distributed, name)
+
+        def send(*args, name=name, original=original, **kwargs):
+            values = args[name in ("all_gather", "all_to_all_single")]
+            shape = tuple(values.shape)
+            if name == "all_to_all_single":
+                shape = tuple(args[3]), tuple(args[2])
+            sent.append((name, shape, values.element_size() * values.shape[1:].numel()))
+            return original(*args, **kwargs)
+
+        setattr(distributed, name, send)
+    return sent
+
+
+def assert_messages_fit(of_processes):
+    """Check that all processes of a group send the same messages, of shapes that fit together."""
+    for of_all in zip(*of_processes, strict=True):
+        names, shapes, row_bytes = zip(*of_all, strict=True)
+        assert len(set(names)) == len(set(row_bytes)) == 1, of_all
+        if names[0] == "all_to_all_single":
+            for i, (n_sent, _) in enumerate(shapes):
+                assert list(n_sent) == [n_received[i] for _, n_received in shapes]
+        else:
+            assert len(set(shapes)) == 1, of_all

@@ -1,5 +1,6 @@
 """The recipes under `accelerate launch`: several processes train and evaluate as one does."""
 
+import functools
 import json
 
 import pytest
@@ -49,7 +50,7 @@ def inputs(tmp_path_factory):
 def jobs(inputs, output, world_size, names=tuple(RECIPES)):
     """Return recipes and words for runs of one global batch size, with uneven last batches.
 
-    70 users, 54 blocks of text and 54 pairs are trained on, 16 a step.
+    61 users, 53 blocks of text and 54 pairs are trained on, 16 a step.
     """
     common = [
         "--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps",
@@ -82,99 +83,94 @@ def jobs(inputs, output, world_size, names=tuple(RECIPES)):
     }
 
 
-@pytest.fixture(scope="module")
-def alone(inputs, tmp_path_factory):
-    """Return the folder of the runs of one process, and what it found."""
-    folder = tmp_path_factory.mktemp("alone")
-    return folder, {name: findings(*job) for name, job in jobs(inputs, folder, 1).items()}
+# Processes, configuration and options of each way to start; the wrapper that it must have.
+STARTS = {
+    "two": (2, "ddp.yaml", (), "DistributedDataParallel"),
+    "four": (4, "ddp.yaml", (), "DistributedDataParallel"),
+    "cut over two": (2, "fsdp2.yaml", ("fsdp",), "FSDP"),
+}
+QUICK = ("train", "pretrain")  # TRL takes long to import
 
 
-def several(inputs, folder, n_processes, *options):
-    return folder, launch(jobs(inputs, folder, n_processes), n_processes, folder, *options)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[2, pytest.param(4, marks=pytest.mark.slow)],
-    ids=["two", "four"],
-)
-def together(request, inputs, tmp_path_factory):
-    """Return the folder of the runs of several processes under DDP, and what each found."""
-    folder, found = several(inputs, tmp_path_factory.mktemp("together"), request.param)
-    for of_process in found:
-        for run in of_process.values():
-            assert (run["world_size"], run["wrapper"]) == (request.param, "DistributedDataParallel")
-    return folder, found
+def cases(names=tuple(RECIPES), starts=tuple(STARTS)):
+    """Parametrize a test by ways to start and recipes, all but one start as slow ones."""
+    return pytest.mark.parametrize(
+        ("start", "name"),
+        [
+            (start, name)
+            if start == "two" and name in QUICK
+            else pytest.param(start, name, marks=pytest.mark.slow)
+            for start in starts
+            for name in names
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
-def cut(inputs, tmp_path_factory):
-    """Return the folder of the runs of two processes under FSDP2, and what each found."""
-    folder, found = several(inputs, tmp_path_factory.mktemp("cut"), 2, "fsdp2.yaml", "fsdp")
-    for of_process in found:
-        for run in of_process.values():
-            assert run["world_size"] == 2
-            assert run["wrapper"].startswith("FSDP")
-    return folder, found
+def runs(inputs, tmp_path_factory):
+    """Return the folder of a recipe's run and what came of it: alone, and in each process."""
+
+    @functools.cache
+    def alone(names):
+        folder = tmp_path_factory.mktemp("alone")
+        return folder, {
+            name: findings(*job) for name, job in jobs(inputs, folder, 1, names).items()
+        }
+
+    @functools.cache
+    def together(start, names):
+        folder = tmp_path_factory.mktemp("together")
+        n_processes, config, options, wrapper = STARTS[start]
+        started = jobs(inputs, folder, n_processes, names)
+        found = launch(started, n_processes, folder, config, *options)
+        for run in (run for of_process in found for run in of_process.values()):
+            assert run["world_size"] == n_processes
+            assert run["wrapper"].startswith(wrapper)
+        return folder, found
+
+    def of(start, name):
+        rest = tuple(recipe for recipe in RECIPES if recipe not in QUICK)
+        names = QUICK if name in QUICK else rest
+        one, wanted = alone(names)
+        folder, found = together(start, names if start == "two" else tuple(RECIPES))
+        return (one / name, wanted[name]), (folder / name, [process[name] for process in found])
+
+    return of
 
 
-def assert_same_history(found, wanted, name):
-    assert len(wanted[name]["history"]) >= 8
-    for of_process in found:
-        got = torch.tensor(of_process[name]["history"], dtype=torch.float64)
-        want = torch.tensor(wanted[name]["history"], dtype=torch.float64)
+@cases()
+def test_loss_and_gradient_norm_of_each_step_are_those_of_one_process(runs, start, name):
+    (_, wanted), (_, of_processes) = runs(start, name)
+    want = torch.tensor(wanted["history"], dtype=torch.float64)
+    assert len(want) >= 8
+    for found in of_processes:
+        got = torch.tensor(found["history"], dtype=torch.float64)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def assert_same_evaluations(found, wanted, name):
-    for of_process in found:
-        assert of_process[name]["ranks"] == wanted[name]["ranks"]
-        for got, want in zip(
-            of_process[name]["evaluations"], wanted[name]["evaluations"], strict=True
-        ):
+@cases()
+def test_metrics_and_ranks_are_those_of_one_process(runs, start, name):
+    (_, wanted), (_, of_processes) = runs(start, name)
+    for found in of_processes:
+        assert found["ranks"] == wanted["ranks"]
+        for got, want in zip(found["evaluations"], wanted["evaluations"], strict=True):
             assert got == pytest.approx(want, rel=1e-5)
 
 
-def assert_same_model(folder, wanted, name):
-    saved = load_file(folder / name / "model.safetensors")
-    for parameter, weight in load_file(wanted / name / "model.safetensors").items():
+@cases()
+def test_the_saved_model_is_that_of_one_process(runs, start, name):
+    (one, _), (folder, of_processes) = runs(start, name)
+    saved = load_file(folder / "model.safetensors")
+    for parameter, weight in load_file(one / "model.safetensors").items():
         torch.testing.assert_close(saved.pop(parameter), weight, rtol=1e-3, atol=1e-4)
     assert not saved
+    assert len({tuple(found["weights"]) for found in of_processes}) == 1
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_loss_and_gradient_norm_of_each_step_are_those_of_one_process(together, alone, name):
-    assert_same_history(together[1], alone[1], name)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_metrics_and_ranks_are_those_of_one_process(together, alone, name):
-    assert_same_evaluations(together[1], alone[1], name)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_saved_model_is_that_of_one_process(together, alone, name):
-    assert_same_model(together[0], alone[0], name)
-    assert len({tuple(of_process[name]["weights"]) for of_process in together[1]}) == 1
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_cut_model_has_the_loss_and_gradient_norm_of_a_whole_one(cut, alone, name):
-    assert_same_history(cut[1], alone[1], name)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_cut_model_has_the_metrics_and_ranks_of_a_whole_one(cut, alone, name):
-    assert_same_evaluations(cut[1], alone[1], name)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_cut_model_is_saved_whole(cut, alone, name):
-    assert_same_model(cut[0], alone[0], name)
-
-
-def test_a_recommender_that_was_cut_loads_and_answers(cut, alone):
-    ours, whole = (RecommenderModel.from_pretrained(f / "train") for f in (cut[0], alone[0]))
+@cases(names=("train",))
+def test_a_recommender_of_several_processes_loads_and_answers(runs, start, name):
+    (one, _), (folder, _) = runs(start, name)
+    ours, whole = (RecommenderModel.from_pretrained(each) for each in (folder, one))
     history = [whole.tokenizer.items[:3]]
     answers = [[found.item for found in m.recommend(history)[0]] for m in (ours, whole)]
     assert answers[0] == answers[1]

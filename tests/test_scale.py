@@ -5,6 +5,12 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
+
+from hf_rece.embeddings.sharded import ShardedEmbedding, draw_rows
+from hf_rece.losses import build_loss
+from hf_rece.ops.shards import shard_classes
+from tests.processes import in_processes, record_messages
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
 
@@ -69,7 +75,67 @@ def test_one_process_sends_nothing_however_it_is_sharded(model):
     assert costs[0].sent == costs[0].messages == 0
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp", "vocab_parallel"])
+def test_groups_of_a_node_keep_their_states_to_themselves(model):
+    alone, by_8 = (
+        model.cost_of(case_of(model, sharding=name, ranks=1024, loss="stratified"))
+        for name in ("vocab_parallel", "vocab_parallel_8")
+    )
+    assert alone.memory["states of all"] == 128 * by_8.memory["states of all"] > 10**9
+    assert by_8.sent - by_8.near == pytest.approx(2 * 127 / 128 * by_8.memory["table"])
+    assert alone.near == 0 < by_8.near < alone.sent / 50
+    gpu = model.GPUS["H100-80"]
+    of_near = model.seconds(by_8, gpu, 1024)["messages"]
+    assert of_near < model.seconds(replace(by_8, near=0.0), gpu, 1024)["messages"]
+
+
+def test_a_billion_items_under_stratified_fit_groups_of_64(model):
+    gigabytes = {
+        name: model.cost_of(
+            case_of(model, items=10**9, ranks=1024, loss="stratified", sharding=name)
+        ).bytes
+        / 1e9
+        for name in ("vocab_parallel_8", "vocab_parallel_64")
+    }
+    assert gigabytes["vocab_parallel_64"] < 0.9 * 80 < gigabytes["vocab_parallel_8"]
+
+
+SENT = (512, 6000, 32)  # tokens of each process, classes, width
+
+
+def bytes_sent(rank):
+    """Return the bytes that each loss sends in a step, messages of a ring counted as in a ring."""
+    n_tokens, n_classes, width = SENT
+    table = ShardedEmbedding(shard_classes(n_classes), width)
+    draw_rows(table.weight, table.shards, std=0.1)
+    ids = torch.randint(n_classes, (2, n_tokens))
+    found, sent = {}, record_messages()
+    for name in ("cross_entropy", "rece", "sce", "stratified"):
+        build_loss(name)(table(ids[0]), table.rows, ids[1]).backward()
+        found[name] = sum(_bytes_of(*message, rank, table.shards.world_size) for message in sent)
+        sent.clear()
+    return found
+
+
+def _bytes_of(name, shape, row_bytes, rank, world_size):
+    if name == "all_to_all_single":
+        return row_bytes * (sum(shape[0]) - shape[0][rank])
+    rows = shape[0] if shape else 1
+    times = {"all_gather": world_size - 1, "all_reduce": 2 * (world_size - 1) / world_size}
+    return row_bytes * rows * times.get(name, 1)
+
+
+def test_messages_are_of_the_bytes_that_processes_send(model):
+    n_tokens, n_classes, width = SENT
+    of_all = in_processes(bytes_sent, 4)
+    for name in of_all[0]:
+        case = model.Case(
+            n_classes, width, n_tokens, 4, name, sharding="vocab_parallel", device="cpu"
+        )
+        measured = sum(found[name] for found in of_all) / 4
+        assert model.cost_of(case).sent == pytest.approx(measured, rel=0.1), name
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp", "vocab_parallel", "vocab_parallel_8"])
 def test_more_items_cost_more(model, sharding):
     for loss in model.LOSSES:
         costs = [

@@ -26,7 +26,6 @@ class ShardedLayer(nn.Module):
         width: D.
     """
 
-    bias: nn.Parameter | None = None
     averages_gradients = True  # False while gradients accumulate, as in DDP's no_sync
 
     def __init__(self, shards: VocabShards, width: int) -> None:

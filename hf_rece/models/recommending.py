@@ -245,7 +245,7 @@ class Recommending(GrowingCatalogue):
             padding_side="right",
             return_tensors="pt",
         ).to(self.device)
-        hidden = self.backbone(**batch).last_hidden_state
+        hidden: Tensor = self.backbone(**batch).last_hidden_state
         last = batch["attention_mask"].sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
-from hf_rece.ops.rows import OutputRows, gradient_buffers
+from hf_rece.ops.rows import OutputRows, gradient_buffers, narrowed
 from hf_rece.ops.shards import ShardedRows
 
 
@@ -66,7 +66,7 @@ class _Lookup(torch.autograd.Function):
             None,
             None,
             *(
-                None if buffer is None else buffer.to(tensor.dtype)
+                None if buffer is None else narrowed(buffer, tensor.dtype)
                 for buffer, tensor in zip(buffers, tensors, strict=True)
             ),
         )

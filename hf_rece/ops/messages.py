@@ -4,12 +4,13 @@ NCCL sends from GPUs alone, gloo not every message from them: what lies elsewher
 its group sends from, and what came back is copied to where it lay. Objects are never sent: they
 would be pickled, and unpickled by whoever receives them.
 
-Order of messages. NCCL wants all processes to enqueue the messages of all their groups in one
-order. A step here does: forward, and the backward of one graph, issue the same messages whatever
-the data are, and DistributedDataParallel starts its buckets in their order, from the same thread.
-But the kernels of two groups may run at once, and NCCL promises progress only where both find room
-on the GPU, or where one waits for the other: set NCCL_LAUNCH_ORDER_IMPLICIT=1 (NCCL 2.26 and later)
-for the latter. Gloo keeps the messages of different groups apart.
+Order of messages. NCCL wants the messages of all groups in one order in all processes. A step has
+that: forward, and the backward of one graph, send the same messages whatever the data are, and
+DistributedDataParallel (DDP) starts its buckets in their order, from the thread that sends those of
+backward. But DDP does not wait for its buckets, and the gradients of lookups are sent meanwhile, by
+another group. NCCL promises progress then where the kernels of both find room on the GPU; or, from
+2.26 on with NCCL_LAUNCH_ORDER_IMPLICIT=1 in the environment, in any case: set that. Gloo keeps the
+messages of groups apart. (Run on gloo; not yet on NCCL.)
 """
 
 from __future__ import annotations

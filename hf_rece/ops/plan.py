@@ -46,6 +46,7 @@ class Grid:
             in order, read as slices.
         skip: (S, 3) int64 (group, token position, class position) of single pairs to drop. Labels
             are dropped so, because they are scored apart.
+        skips_once: no two of these pairs have the same group and token position.
         own_labels: (N + 1,) integers: drop every pair whose class is the token's label. For grids
             where a label's position is not known, or where a class may occur twice in a group.
         earlier: drop the pairs that these rounds have already scored.
@@ -57,6 +58,7 @@ class Grid:
     tokens: Tensor
     classes: Tensor | None
     skip: Tensor | None = None
+    skips_once: bool = False
     own_labels: Tensor | None = None
     earlier: tuple[EarlierRound, ...] = ()
     blocked: Tensor | None = None

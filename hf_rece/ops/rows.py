@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 
+# Numbers that `narrowed` rounds by a copy, to begin with.
+_FIRST_PIECE = 2**16
+
 
 @runtime_checkable
 class OutputRows(Protocol):
@@ -147,6 +150,25 @@ def gradient_buffer(tensor: Tensor) -> Tensor:
     """Return zeros like `tensor`, contiguous and in its accumulation dtype."""
     dtype = accumulation_dtype(tensor.dtype)
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def narrowed(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `sums`, contiguous, in a dtype: one of half the size in the same memory, to the front.
+
+    The sums are lost.
+    """
+    if 2 * dtype.itemsize != sums.dtype.itemsize:
+        return sums.to(dtype)
+    wide, n = sums.view(-1), sums.numel()
+    narrow = wide.view(dtype)[:n]
+    done = min(n, _FIRST_PIECE)
+    narrow[:done] = wide[:done].clone()
+    while done < n:
+        # Numbers from `done` to twice that are read behind what they are written over.
+        piece = slice(done, min(2 * done, n))
+        narrow[piece] = wide[piece]
+        done = piece.stop
+    return narrow.view(sums.shape)
 
 
 def as_output_rows(weight: Tensor | OutputRows) -> OutputRows:

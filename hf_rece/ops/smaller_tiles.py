@@ -19,7 +19,8 @@ def with_smaller_tiles(tile_bytes: int, work: Callable[[int], Result]) -> Result
 
     The half is then the most that any later tile of this process takes, so that no later step fails
     first: `restore_tile_bytes` forgets it. Processes that share a vocabulary may differ in it: no
-    message depends on the size of a tile.
+    message depends on the size of a tile. Where the half does not fit either, the process raises,
+    and those that share its vocabulary learn of it by the end of their connection to it.
 
     Args:
         tile_bytes: bytes of a tile.

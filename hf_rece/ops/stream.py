@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hf_rece.errors import ArgumentError
 from hf_rece.ops import native, stream_native, stream_torch
+from hf_rece.ops.fallback import is_refused, or_by
+from hf_rece.ops.gradients import Labels, Wanted, gradients_of
+from hf_rece.ops.labels import label_logits
 from hf_rece.ops.plan import Plan
-from hf_rece.ops.rows import OutputRows, gradient_buffer, gradient_buffers
+from hf_rece.ops.products import autocast_dtype, without_autocast
+from hf_rece.ops.rows import OutputRows
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 
 Backend = Literal["auto", "torch", "native", "triton"]
+Result = TypeVar("Result")
 BACKENDS = ("auto", "torch", "native", "triton")
 
 
@@ -46,9 +52,10 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
 
     Args:
         backend: "auto" takes "triton" for hidden states on an NVIDIA GPU that multiplies matrices
-            in bfloat16, where Triton is installed, and "native" on a CPU that has a compiler, else
-            "torch". float64 is always left to "torch"; so is, by "native", all but float32 rows of
-            at most 256 numbers, stored as they are.
+            in bfloat16, where Triton is installed and has compiled whatever this process asked of
+            it, and "native" on a CPU that has a compiler, else "torch". float64 is always left to
+            "torch"; so is, by "native", all but float32 rows of at most 256 numbers, stored as
+            they are.
         hidden: (N, D), for its device and dtype.
         rows: for their dtype.
 
@@ -63,6 +70,8 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
     if backend == "native" or (backend == "auto" and hidden.device.type == "cpu"):
         return _native_kernel(backend, hidden, rows)
     if backend == "torch" or is_double or (backend == "auto" and not _has_fast_gpu(hidden)):
+        return cast(Kernel, stream_torch)
+    if backend == "auto" and is_refused():
         return cast(Kernel, stream_torch)
     if find_spec("triton") is None:
         if backend == "auto":
@@ -139,6 +148,9 @@ def stream(
     Both results are differentiable in hidden, in the rows' tensors and in bias. The labels' own
     pairs are no part of the merge: a loss joins them by its own formula.
 
+    Under torch.autocast on a GPU the operands of products are rounded to its dtype; all sums, the
+    results, and whatever runs on a CPU keep theirs.
+
     Args:
         hidden: (N, D) floating point.
         rows: C output rows of width D.
@@ -158,11 +170,15 @@ def stream(
         ArgumentError: for an unknown backend, or one that cannot run here.
 
     Memory:
-        O(N + D * C) for the gradients, plus one tile. Forward keeps two numbers a token. Where a
-        tile does not fit, its pass begins again with tiles half as large, once, with a warning.
+        The gradients, plus one tile; gradients.py says how they are added up in float32. Forward
+        keeps two numbers a token. Where a tile does not fit, its pass begins again with tiles half
+        as large, once, with a warning.
     """
     kernel = choose_kernel(backend, hidden, rows)
-    how = _How(kernel, plan, rows, logit_scale, logit_softcap, observe=statistics is not None)
+    autocast = autocast_dtype(hidden.device)
+    observe = statistics is not None
+    knobs = logit_scale, logit_softcap, autocast, observe
+    how = _How(kernel, backend == "auto", plan, rows, *knobs)
     label_logits, merged, largest, mean = _Stream.apply(how, labels, hidden, bias, *rows.tensors())
     if statistics is not None:
         own, others = label_logits.detach(), merged.detach()
@@ -173,19 +189,45 @@ def stream(
     return label_logits, merged
 
 
+def walked(
+    kernel: Kernel, plan: Plan, work: Callable[[Kernel, Plan], Result], *, may_differ: bool
+) -> Result:
+    """Return work(kernel, plan); with smaller tiles where memory runs out.
+
+    Args:
+        kernel: by which to walk the plan.
+        plan: to walk.
+        work: makes all that it adds into, so that what it did before it failed is gone.
+        may_differ: torch serves in place of a kernel that does not compile.
+    """
+
+    def by(kernel: Kernel) -> Result:
+        def sized(tile_bytes: int) -> Result:
+            return work(kernel, replace(plan, tile_bytes=tile_bytes))
+
+        return with_smaller_tiles(plan.tile_bytes, sized)
+
+    return or_by(cast(Kernel, stream_torch), kernel, by) if may_differ else by(kernel)
+
+
 @dataclass(frozen=True)
 class _How:
     """What is no tensor."""
 
     kernel: Kernel
+    may_differ: bool
     plan: Plan
     rows: OutputRows
     scale: float
     softcap: float | None
+    autocast: torch.dtype | None
     observe: bool
 
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
-        return Scores(hidden, self.rows, bias, self.scale, self.softcap)
+        return Scores(hidden, self.rows, bias, self.scale, self.softcap, self.autocast)
+
+    def walked(self, work: Callable[[Kernel, Plan], Result]) -> Result:
+        return walked(self.kernel, self.plan, work, may_differ=self.may_differ)
 
 
 class _Stream(torch.autograd.Function):
@@ -202,14 +244,15 @@ class _Stream(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         scores = how.scores(hidden, bias)
 
-        def walk(tile_bytes: int) -> Any:
-            plan = replace(how.plan, tile_bytes=tile_bytes)
-            own = stream_torch.label_logits(scores, labels, plan.tile_bytes)
-            return plan, own, *how.kernel.forward(scores, plan, observe=how.observe)
+        def walk(kernel: Kernel, plan: Plan) -> Any:
+            own = label_logits(scores, labels, plan.tile_bytes)
+            return plan, own, *kernel.forward(scores, plan, observe=how.observe)
 
-        # Autocast would run the tile's products in low precision.
-        with torch.autocast(hidden.device.type, enabled=False):
-            plan, own, merged, winner, seen = with_smaller_tiles(how.plan.tile_bytes, walk)
+        # Autocast would return a tile's products in low precision too.
+        with without_autocast(hidden.device):
+            plan, own, merged, winner, seen = walked(
+                how.kernel, how.plan, walk, may_differ=how.may_differ
+            )
         ctx.save_for_backward(labels, hidden, bias, merged, winner, *tensors)
         ctx.how = replace(how, plan=plan)
         merged = merged[: plan.n_tokens].clone()
@@ -224,34 +267,19 @@ class _Stream(torch.autograd.Function):
     def backward(
         ctx: Any, grad_own: Tensor, grad_merged: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
+        labels, hidden, bias, merged, winner, *_ = ctx.saved_tensors
         how: _How = ctx.how
         scores = how.scores(hidden, bias)
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
+        wanted = Wanted(wants_hidden, wants_bias, wants_rows)
         padded = torch.cat([grad_merged, grad_merged.new_zeros(1)])
 
-        def walk(tile_bytes: int) -> Gradients:
-            plan = replace(how.plan, tile_bytes=tile_bytes)
-            into = Gradients(
-                hidden=gradient_buffer(hidden) if wants_hidden else None,
-                rows=gradient_buffers(tensors, wants_rows),
-                bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-                if wants_bias
-                else None,
-            )
-            stream_torch.label_backward(scores, labels, grad_own, into, plan.tile_bytes)
-            how.kernel.backward(scores, plan, merged, winner, padded, into)
-            return into
+        def walk(kernel: Kernel, plan: Plan) -> Gradients:
+            def add(scores: Scores, plan: Plan, into: Gradients) -> None:
+                kernel.backward(scores, plan, merged, winner, padded, into)
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            into = with_smaller_tiles(how.plan.tile_bytes, walk)
-        rows_grads = [
-            None if buffer is None else buffer.to(tensor.dtype)
-            for tensor, buffer in zip(tensors, into.rows or [None] * len(tensors), strict=True)
-        ]
-        return (
-            *(None,) * 2,
-            None if into.hidden is None else into.hidden.to(hidden.dtype),
-            None if into.bias is None else into.bias.to(bias.dtype),
-            *rows_grads,
-        )
+            return gradients_of(scores, plan, Labels(labels, grad_own), wanted, add)
+
+        with without_autocast(hidden.device):
+            found = how.walked(walk)
+        return None, None, found.hidden, found.bias, *(found.rows or ())

@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_rece.ops.plan import Plan, Tile, walk
-from hf_rece.ops.products import batched_product, batched_transposed_product
+from hf_rece.ops.products import (
+    batched_product,
+    batched_transposed_product,
+    multiplies_halves,
+    operand_dtype,
+)
 from hf_rece.ops.rows import OutputRows, accumulation_dtype
 
 
@@ -24,6 +29,7 @@ class Scores:
         bias: (C,) or None.
         scale: logit_scale.
         softcap: c, or None for no cap.
+        autocast: what the operands of products are rounded to, or None.
     """
 
     hidden: Tensor
@@ -31,6 +37,7 @@ class Scores:
     bias: Tensor | None
     scale: float
     softcap: float | None
+    autocast: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,14 +64,16 @@ class Gradients:
 
 
 def _tile_inputs(scores: Scores, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Return the tile's hidden states (G, n, D) and rows (G, m, D)."""
+    """Return the tile's hidden states (G, n, D) and rows (G, m, D), ready to be multiplied."""
     n_groups, n = tile.tokens.shape
     # Padding tokens and classes read the last row: their logits are dropped or weigh nothing.
     tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
-    hidden = scores.hidden.index_select(0, tokens).to(scores.dtype).view(n_groups, n, -1)
-    ids = _row_ids(tile, scores.rows.n_rows)
-    rows = scores.rows.rows(ids).to(scores.dtype).view(n_groups, -1, scores.rows.width)
-    return hidden, rows
+    hidden = scores.hidden.index_select(0, tokens)
+    rows = scores.rows.rows(_row_ids(tile, scores.rows.n_rows))
+    dtype = operand_dtype(hidden.dtype, rows.dtype, scores.autocast)
+    if dtype.itemsize > 2 or not multiplies_halves(hidden.device):
+        dtype = scores.dtype
+    return hidden.to(dtype).view(n_groups, n, -1), rows.to(dtype).view(n_groups, -1, rows.shape[1])
 
 
 def _row_ids(tile: Tile, n_rows: int) -> Tensor | slice:
@@ -337,62 +346,28 @@ def _add_tile_grads(
     hidden, rows = inputs
     # The token's factor multiplies the narrow (G, n, D) side, not the (G, n, m) shares.
     factor = (grad * scores.scale).unsqueeze(2)  # (G, n, 1)
-    if into.hidden is not None:
-        tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
-        grad_hidden = batched_product(share, rows.transpose(1, 2)).mul_(factor)
-        into.hidden.index_add_(0, tokens, grad_hidden.view(len(tokens), -1))
     ids = _row_ids(tile, scores.rows.n_rows)
-    if into.rows is not None:
-        grad_rows = batched_transposed_product(share, hidden * factor)
-        scores.rows.add_grad(into.rows, ids, grad_rows.reshape(-1, scores.rows.width))
     if into.bias is not None:
         grad_bias = torch.bmm(share.transpose(1, 2), factor).view(-1)
         if isinstance(ids, slice):
             into.bias[ids] += grad_bias
         else:
             into.bias.index_add_(0, ids, grad_bias)
+    unit = None
+    if rows.dtype != share.dtype:
+        # Rounded to half precision, shares and factors near zero need room.
+        room = 2.0**15 if rows.dtype == torch.float16 else 1.0
+        largest = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
+        share, factor, unit = share.mul_(room).to(rows.dtype), factor / largest, largest / room
+    if into.hidden is not None:
+        tokens = tile.tokens.reshape(-1).clamp(max=len(scores.hidden) - 1)
+        grad_hidden = _in_units(batched_product(share, rows.transpose(1, 2)).mul_(factor), unit)
+        into.hidden.index_add_(0, tokens, grad_hidden.view(len(tokens), -1))
+    if into.rows is not None:
+        weighted = (hidden * factor).to(rows.dtype)
+        grad_rows = _in_units(batched_transposed_product(share, weighted), unit)
+        scores.rows.add_grad(into.rows, ids, grad_rows.reshape(-1, scores.rows.width))
 
 
-# ------------------------------------------------------------------------------------ the labels
-
-
-def label_logits(scores: Scores, labels: Tensor, tile_bytes: int) -> Tensor:
-    """Return the logit (N,) of each token's own label (N,)."""
-    pieces = [
-        cap_logits(_pair_scores(scores, piece, ids), scores.scale, scores.softcap)
-        for piece, ids in _label_pieces(scores, labels, tile_bytes)
-    ]
-    return torch.cat(pieces) if pieces else scores.hidden.new_zeros(0, dtype=scores.dtype)
-
-
-def label_backward(
-    scores: Scores, labels: Tensor, grad: Tensor, into: Gradients, tile_bytes: int
-) -> None:
-    """Add the gradients of `label_logits`, whose own gradient is `grad` (N,), into the buffers."""
-    for piece, ids in _label_pieces(scores, labels, tile_bytes):
-        factor = grad[piece] * scores.scale
-        if scores.softcap is not None:
-            logits = cap_logits(_pair_scores(scores, piece, ids), scores.scale, scores.softcap)
-            factor = factor * (1 - (logits / scores.softcap).square_())
-        if into.hidden is not None:
-            into.hidden[piece] += scores.rows.rows(ids).to(scores.dtype) * factor.unsqueeze(1)
-        if into.rows is not None:
-            hidden = scores.hidden[piece].to(scores.dtype)
-            scores.rows.add_grad(into.rows, ids, hidden * factor.unsqueeze(1))
-        if into.bias is not None:
-            into.bias.index_add_(0, ids, factor)
-
-
-def _label_pieces(
-    scores: Scores, labels: Tensor, tile_bytes: int
-) -> Iterator[tuple[slice, Tensor]]:
-    step = max(1, tile_bytes // (8 * scores.rows.width))
-    for start in range(0, len(labels), step):
-        piece = slice(start, start + step)
-        yield piece, labels[piece]
-
-
-def _pair_scores(scores: Scores, piece: slice, ids: Tensor) -> Tensor:
-    hidden = scores.hidden[piece].to(scores.dtype)
-    logits: Tensor = torch.linalg.vecdot(hidden, scores.rows.rows(ids).to(scores.dtype))
-    return logits if scores.bias is None else logits + scores.bias[ids].to(scores.dtype)
+def _in_units(grad: Tensor, unit: Tensor | None) -> Tensor:
+    return grad if unit is None else grad.mul_(unit)

@@ -19,9 +19,9 @@ gradient back through `add_grad`. With torch.use_deterministic_algorithms gather
 through such a buffer too, and no atomics are left; a wide backward then makes the logits once for
 every 256 columns.
 
-Products take the inputs' dtype, float32 where hidden and rows differ, and are added up in float32;
-float32 inputs are multiplied in full precision unless torch allows TF32. In backward, gradients of
-logits are rounded to the dtype of the products.
+Products take the inputs' dtype, float32 where hidden and rows differ, that of autocast where it is
+on, and are added up in float32; float32 operands are multiplied in full precision unless torch
+allows TF32. In backward, gradients of logits are rounded to the dtype of the products.
 
     triton_tile.py       reads, makes and drops a tile: what the kernels share
     triton_kernels.py    the four kernels
@@ -41,6 +41,7 @@ from hf_rece.ops.stream_torch import Gradients, Observations, Scores
 from hf_rece.ops.triton_kernels import forward_kernel, hidden_kernel, rows_kernel, wide_kernel
 from hf_rece.ops.triton_tile import Inputs, Merged, Pairs
 from hf_rece.ops.triton_windows import (
+    Blocks,
     Kind,
     Window,
     Work,
@@ -64,6 +65,7 @@ def forward(
     scores: Scores, plan: Plan, *, observe: bool = False
 ) -> tuple[Tensor, Tensor | None, Observations | None]:
     """Return what stream_torch.forward returns."""
+    scores = _rounded(scores)
     fold = {"logaddexp": _fold_logaddexp, "maximum": _fold_maximum, "sum": _fold_sum}[plan.merge]
     running = _Running.make(plan, scores.hidden.device, observe)
     # Triton launches on the current device, which need not be the tensors'.
@@ -76,6 +78,15 @@ def forward(
                 running.seen.largest.scatter_reduce_(0, tokens.reshape(-1), largest, "amax")
             fold(running, tokens, first_number, values)
     return running.result(plan)
+
+
+def _rounded(scores: Scores) -> Scores:
+    """Round the hidden states as autocast asks; rows are rounded as they are read."""
+    return (
+        scores
+        if scores.autocast is None
+        else replace(scores, hidden=scores.hidden.to(scores.autocast))
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ def _group_values(work: Work, observe: bool) -> Tensor:
 def _window_values(work: Work, window: Window, observe: bool) -> Tensor:
     """Return (1 or 3, splits, window's groups, n)."""
     inputs, pairs = work.arguments(window)
-    blocks = blocks_of("forward", inputs, pairs)
+    blocks = blocks_of("forward", inputs, pairs, work.operands(window))
     n_programs = window.n_groups * -(-pairs.n // blocks.tokens)
     splits = n_splits(n_programs, -(-pairs.n_columns // blocks.classes), inputs.hidden.device)
     shape = (3 if observe else 1, splits, window.n_groups, pairs.n)
@@ -205,6 +216,7 @@ def backward(
     into: Gradients,
 ) -> None:
     """Add what stream_torch.backward adds."""
+    scores = _rounded(scores)
     largest = grad.abs().amax()
     largest = torch.where(largest > 0, largest, 1)
     # The kernels round gradients of logits to the inputs' dtype: in float16 those near 0 need room.
@@ -247,8 +259,8 @@ def _add_grads(work: Work, known: Merged, into: Gradients) -> None:
     for window in work.windows(scratch):
         target = _Target.make(work, window, into, in_place, deterministic)
         inputs, pairs = work.arguments(window)
-        constants = work.constants(window)
-        _Launch(inputs, pairs, window.n_groups, known, target, constants).run(deterministic)
+        how = work.operands(window), work.constants(window)
+        _Launch(inputs, pairs, window.n_groups, known, target, *how).run(deterministic)
         target.hand_over(work, window, into)
 
 
@@ -316,11 +328,12 @@ class _Launch:
     n_groups: int
     known: Merged
     target: _Target
+    operands: torch.dtype
     constants: dict[str, Any]
 
     def run(self, deterministic: bool) -> None:
         """Add to the target."""
-        spanned = blocks_of("hidden", self.inputs, self.pairs).width >= self.inputs.width
+        spanned = self._blocks("hidden").width >= self.inputs.width
         if not spanned and not deterministic:
             return self._wide()
         if self.target.hidden is not None:
@@ -329,8 +342,11 @@ class _Launch:
             self._narrow("rows", deterministic)
         return None
 
+    def _blocks(self, kind: Kind) -> Blocks:
+        return blocks_of(kind, self.inputs, self.pairs, self.operands)
+
     def _wide(self) -> None:
-        blocks = blocks_of("wide", self.inputs, self.pairs)
+        blocks = self._blocks("wide")
         n_tiles = -(-self.pairs.n // blocks.tokens) * -(-self.pairs.n_columns // blocks.classes)
         wide_kernel[(self.n_groups * n_tiles,)](
             self.inputs.in_units(),
@@ -347,7 +363,7 @@ class _Launch:
 
     def _narrow(self, kind: Kind, deterministic: bool) -> None:
         inputs, pairs, target = self.inputs, self.pairs, self.target
-        blocks = blocks_of(kind, inputs, pairs)
+        blocks = self._blocks(kind)
         n_blocks = -(-pairs.n // blocks.tokens), -(-pairs.n_columns // blocks.classes)
         n_owned, n_walked = n_blocks if kind == "hidden" else n_blocks[::-1]
         n_programs = self.n_groups * n_owned * -(-inputs.width // blocks.width)

@@ -13,12 +13,14 @@ from hf_rece.errors import ArgumentError
 from hf_rece.ops import native
 from hf_rece.ops.best_of import BestOf
 from hf_rece.ops.plan import MIN_TILE_SIDE, resolve_tile_bytes
-from hf_rece.ops.products import product, recurring
+from hf_rece.ops.products import product, recurring, without_autocast
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype, as_output_rows
 from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 _QUERIES = 256
+# So much of what all processes found is joined at once: the same in all, as messages hang on it.
+_JOINED_BYTES = 2**28
 # A first threshold from a sample spares the hits that later classes push out again.
 _SAMPLED_ONE_IN, _SAMPLE, _WORTH_SAMPLING = 16, 8192, 32
 _HIT_BYTES = 12
@@ -34,6 +36,7 @@ def streamed_topk(
     seen_ids: Tensor | None = None,
     allowed_ids: Tensor | None = None,
     tile_bytes: int | None = None,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k classes with the largest scores <h, w> + b of each hidden state, best first.
 
@@ -49,6 +52,8 @@ def streamed_topk(
         seen_ids: (N, S) int64 padded with -1, classes not returned for that hidden state.
         allowed_ids: (A,) int64 distinct, the only classes returned; None allows all.
         tile_bytes: bytes of one tile of scores; None for the device's default.
+        operands: dtype that states and rows are rounded to, for a search that may be inexact; None
+            for that of the scores.
 
     Returns:
         scores: (N, k) float32 (float64 for float64 inputs); -inf where fewer than k classes remain.
@@ -63,20 +68,33 @@ def streamed_topk(
     if k < 1:
         raise ArgumentError("k", k, "at least one class must be asked for", "Pass k >= 1")
     search = _Search.make(hidden, weight, bias, excluded_ids, seen_ids, allowed_ids, tile_bytes)
+    search = replace(search, operands=operands or search.dtype)
 
     def scan(tile_bytes: int) -> list[tuple[Tensor, Tensor]]:
         sized = replace(search, tile_bytes=tile_bytes)
         return [_best_of(sized, queries, k) for queries in search.query_blocks()]
 
-    best = with_smaller_tiles(search.tile_bytes, scan)
+    with without_autocast(hidden.device):
+        best = with_smaller_tiles(search.tile_bytes, scan)
     scores, ids = torch.cat([scores for scores, _ in best]), torch.cat([ids for _, ids in best])
     return (scores, ids) if search.shards is None else _best_of_all(scores, ids, search.shards)
 
 
 def _best_of_all(scores: Tensor, ids: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
     """Return the best of all processes' scores (N, k), and their classes (N, k)."""
-    sizes, k = [len(scores)] * shards.world_size, scores.shape[1]
+    k = scores.shape[1]
     ids = torch.where(ids < 0, ids, ids + shards.first)
+    a_query = shards.world_size * k * (scores.element_size() + ids.element_size())
+    step = max(1, _JOINED_BYTES // a_query)
+    pieces = zip(scores.split(step), ids.split(step), strict=True)
+    best = [_best_of_piece(of_scores, of_ids, k, shards) for of_scores, of_ids in pieces]
+    return torch.cat([each for each, _ in best]), torch.cat([each for _, each in best])
+
+
+def _best_of_piece(
+    scores: Tensor, ids: Tensor, k: int, shards: VocabShards
+) -> tuple[Tensor, Tensor]:
+    sizes = [len(scores)] * shards.world_size
     # (W N, k) -> (N, W k)
     every, classes = (
         torch.cat(shards.join(part, sizes).split(len(scores)), dim=1) for part in (scores, ids)
@@ -126,7 +144,8 @@ def label_rank(
     _check_ids("labels", labels, rows.n_rows, padding=False)
     own_rows = rows.rows(labels).to(search.dtype)
     states = hidden.to(search.dtype)
-    own = torch.linalg.vecdot(states, own_rows)
+    with without_autocast(hidden.device):
+        own = torch.linalg.vecdot(states, own_rows)
     if bias is not None:
         own += _of_labels(bias, labels, search.shards).to(search.dtype)
     if search.shards is not None:
@@ -137,7 +156,8 @@ def label_rank(
     def scan(tile_bytes: int) -> tuple[Tensor, Tensor]:
         return _count_above(replace(search, tile_bytes=tile_bytes), labels, own, slack)
 
-    greater, tied = with_smaller_tiles(search.tile_bytes, scan)
+    with without_autocast(hidden.device):
+        greater, tied = with_smaller_tiles(search.tile_bytes, scan)
     if search.shards is not None:
         greater, tied = search.shards.sum(torch.stack([greater, tied])).unbind(0)
     return greater, tied
@@ -183,6 +203,7 @@ class _Search:
     allowed_ids: Tensor | None
     tile_bytes: int
     dtype: torch.dtype
+    operands: torch.dtype
 
     @classmethod
     def make(
@@ -225,7 +246,8 @@ class _Search:
                 None if ids is None else ids[shards.is_local(ids)] - shards.first
                 for ids in (excluded_ids, allowed_ids)
             )
-        return cls(hidden, rows, shards, bias, excluded_ids, seen_ids, allowed_ids, budget, dtype)
+        given = (excluded_ids, seen_ids, allowed_ids)
+        return cls(hidden, rows, shards, bias, *given, budget, dtype, operands=dtype)
 
     def query_blocks(self) -> Iterator[slice]:
         """Yield the hidden states in blocks: few, so that a tile spans many classes."""
@@ -240,7 +262,7 @@ class _Search:
         n_queries = recurring(queries.stop - queries.start)
         step = self.tile_bytes // (4 * (n_queries + width))
         step = max(step // MIN_TILE_SIDE, 1) * MIN_TILE_SIDE  # of eights: see best_of.py
-        hidden = self.hidden[queries].to(self.dtype)
+        hidden = self.hidden[queries].to(self.operands)
         for start in range(0, n_classes, step):
             columns = slice(start, min(start + step, n_classes))
             classes, rows, bias = self._columns(columns)
@@ -302,7 +324,7 @@ class _Search:
         else:
             classes = self.allowed_ids[columns]
             rows, bias = self.rows.rows(classes), None if self.bias is None else self.bias[classes]
-        return classes, rows.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        return classes, rows.to(self.operands), None if bias is None else bias.to(self.dtype)
 
     def _withdraw(self, scores: Tensor, queries: slice, columns: slice, classes: Tensor) -> None:
         if self.excluded_ids is not None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_rece.ops.plan import Grid, Plan
+from hf_rece.ops.products import operand_dtype
 from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.stream_torch import Scores
 from hf_rece.ops.triton_tile import Inputs, Pairs, read
@@ -131,6 +132,11 @@ class Work:
         )
         return inputs, pairs
 
+    def operands(self, window: Window) -> torch.dtype:
+        """Return the dtype of a product's operands."""
+        scores = self.scores
+        return operand_dtype(scores.hidden.dtype, window.rows.dtype, scores.autocast)
+
     def constants(self, window: Window) -> dict[str, Any]:
         """Return the constants of compilation that every kernel takes."""
         return {
@@ -138,7 +144,7 @@ class Work:
             "SKIPS": self.n_skips if self.n_skips <= _UNROLLED_SKIPS else -1,
             "EARLIER": len(self.grid.earlier),
             "BY_PLACE": window.by_place,
-            **product_options(self.scores.hidden.dtype, window.rows.dtype),
+            **product_options(self.operands(window)),
         }
 
 
@@ -198,6 +204,10 @@ def _skip_table(grid: Grid, n_groups: int, n: int) -> Tensor | None:
     if grid.skip is None or len(grid.skip) == 0:
         return None
     group, token, column = grid.skip.unbind(1)
+    if grid.skips_once:
+        table = column.new_full((1, n_groups * n), -1, dtype=torch.int32)
+        table[0, group * n + token] = column.to(torch.int32)
+        return table
     places, order = (group * n + token).sort(stable=True)
     n_pairs = places.new_zeros(n_groups * n).index_add_(0, places, torch.ones_like(places))
     rank = torch.arange(len(places), device=places.device) - (n_pairs.cumsum(0) - n_pairs)[places]
@@ -279,15 +289,22 @@ _ON_ROOMY_DEVICES: _Table = {
     ("wide", "half"): {4096: Blocks(128, 128, 64, 8, 2)},
 }
 
+# Rows that are rounded as they are read take twice the room on their way.
+_OF_ROUNDED_ROWS: _Table = {("hidden", "half"): {4096: Blocks(64, 32, 256, 8, 2)}}
 
-def blocks_of(kind: Kind, inputs: Inputs, pairs: Pairs) -> Blocks:
+
+def blocks_of(kind: Kind, inputs: Inputs, pairs: Pairs, operands: torch.dtype) -> Blocks:
     """Return the blocks of a launch, no larger than what there is, nor smaller than 16."""
     _, shared_memory = _device(inputs.hidden.device)
-    key = kind, _operands(inputs.hidden.dtype, inputs.rows.dtype)
+    key = kind, _operands(operands)
     table = _BLOCKS[key]
     if shared_memory >= _ROOMY:
         table = {**table, **_ON_ROOMY_DEVICES.get(key, {})}
-    found = next(blocks for widest, blocks in table.items() if widest >= inputs.width)
+    if inputs.rows.element_size() > operands.itemsize:
+        table = {**table, **_OF_ROUNDED_ROWS.get(key, {})}
+    # Wider than all: the last walks the width in pieces, whatever it is.
+    fitting = (blocks for widest, blocks in table.items() if widest >= inputs.width)
+    found = next(fitting, [*table.values()][-1])
     return Blocks(
         _fit(found.tokens, pairs.n),
         _fit(found.classes, pairs.n_columns),
@@ -297,8 +314,8 @@ def blocks_of(kind: Kind, inputs: Inputs, pairs: Pairs) -> Blocks:
     )
 
 
-def _operands(hidden: torch.dtype, rows: torch.dtype) -> Operands:
-    if product_dtype(hidden, rows).itemsize == 2:
+def _operands(dtype: torch.dtype) -> Operands:
+    if dtype.itemsize == 2:
         return "half"
     return "tf32" if _tf32_is_allowed() else "ieee"
 
@@ -331,14 +348,8 @@ def n_splits(n_programs: int, n_blocks: int, device: torch.device) -> int:
     return max(1, min(wanted, n_blocks // _BLOCKS_A_SPLIT))
 
 
-def product_dtype(hidden: torch.dtype, rows: torch.dtype) -> torch.dtype:
-    """Return the dtype of a product's operands: the inputs', or float32 where they differ."""
-    return torch.promote_types(hidden, rows)
-
-
-def product_options(hidden: torch.dtype, rows: torch.dtype) -> dict[str, Any]:
-    """Return operands and precision of the products, as constants of compilation."""
-    dtype = product_dtype(hidden, rows)
+def product_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Return operands and precision of products, as constants of compilation."""
     if is_interpreted() and dtype == torch.bfloat16:
         dtype = torch.float32  # the interpreter multiplies the bits of bfloat16 as integers
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -17,12 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_rece.ops import stream_torch
-from hf_rece.ops.plan import EarlierRound, Grid, Plan
-from hf_rece.ops.rows import gradient_buffer, gradient_buffers
+from hf_rece.ops.gradients import Labels, Wanted, gradients_of
+from hf_rece.ops.labels import label_logits
+from hf_rece.ops.plan import Grid, Plan
+from hf_rece.ops.products import autocast_dtype, without_autocast
 from hf_rece.ops.shards import ShardedRows, VocabShards
-from hf_rece.ops.smaller_tiles import with_smaller_tiles
-from hf_rece.ops.stream import Backend, Kernel, choose_kernel
+from hf_rece.ops.stream import Backend, Kernel, choose_kernel, walked
 from hf_rece.ops.stream_torch import Gradients, Scores
 
 # ------------------------------------------------------------------------------------- local plans
@@ -33,15 +33,17 @@ def local_plan(plan: Plan, shards: VocabShards) -> Plan:
     """Return the part of a plan that scores this process's classes, numbered as in its shard.
 
     Groups and tokens stay as they are; a group may be left with no class. The parts of all
-    processes together are the plan.
+    processes together are the plan. RECE's is made as such a part, and stays as it is.
 
     Args:
-        plan: over all C classes, the same in every process.
+        plan: over all C classes, the same in every process; or local already.
         shards: how the classes are cut.
 
     Memory:
         O(pairs of the plan's group and class that are local) integers.
     """
+    if plan.n_classes == shards.n_local:
+        return plan
     grids = tuple(_local_grid(grid, shards) for grid in plan.grids)
     return replace(plan, grids=grids, n_classes=shards.n_local)
 
@@ -76,14 +78,8 @@ def _local_grid(grid: Grid, shards: VocabShards) -> Grid:
         classes=kept(grid.classes, shards.stop) - shards.first,
         skip=skip,
         own_labels=None if own is None else shards.localise(own, -1),
-        earlier=tuple(_local_round(chunks, shards) for chunks in grid.earlier),
         class_log_weight=None if weight is None else kept(weight, 0.0),
     )
-
-
-def _local_round(chunks: EarlierRound, shards: VocabShards) -> EarlierRound:
-    local = chunks.class_chunks[shards.first : shards.stop]
-    return replace(chunks, class_chunks=torch.cat([local, local.new_zeros(1)]))
 
 
 # ------------------------------------------------------------------------------------------ stream
@@ -112,7 +108,8 @@ def sharded_stream(
         hidden: (N, D), the tokens of all processes.
         rows: C output rows of width D.
         labels: (N,) int64 in [0, C).
-        plan: the pairs of all N tokens and C classes, the same in every process.
+        plan: the pairs of all N tokens and C classes, the same in every process, or of this
+            process's classes.
         bias: of this process's classes, or None.
         logit_scale: multiplies every logit.
         logit_softcap: caps a logit at c tanh(logit / c), after the scale.
@@ -123,7 +120,9 @@ def sharded_stream(
         merged: (N,) likewise.
     """
     kernel = choose_kernel(backend, hidden, rows.local)
-    how = _How(kernel, local_plan(plan, rows.shards), rows, logit_scale, logit_softcap)
+    local = local_plan(plan, rows.shards)
+    autocast = autocast_dtype(hidden.device)
+    how = _How(kernel, backend == "auto", local, rows, logit_scale, logit_softcap, autocast)
     label_logits, merged = _ShardedStream.apply(how, labels, hidden, bias, *rows.tensors())
     return label_logits, merged
 
@@ -133,13 +132,15 @@ class _How:
     """What is no tensor; the plan is local."""
 
     kernel: Kernel
+    may_differ: bool
     plan: Plan
     rows: ShardedRows
     scale: float
     softcap: float | None
+    autocast: torch.dtype | None
 
     def scores(self, hidden: Tensor, bias: Tensor | None) -> Scores:
-        return Scores(hidden, self.rows.local, bias, self.scale, self.softcap)
+        return Scores(hidden, self.rows.local, bias, self.scale, self.softcap, self.autocast)
 
     def own_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return which labels (N,) are of this process, and their rows; row 0 for the others."""
@@ -161,15 +162,15 @@ class _ShardedStream(torch.autograd.Function):
         scores, plan, shards = how.scores(hidden, bias), how.plan, how.rows.shards
         is_own, local = how.own_labels(labels)
 
-        def walk(tile_bytes: int) -> tuple[Tensor, list[Tensor]]:
-            sized = replace(how, plan=replace(plan, tile_bytes=tile_bytes))
-            own = stream_torch.label_logits(scores, local, tile_bytes)
+        def walk(kernel: Kernel, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+            sized = replace(how, kernel=kernel, plan=plan)
+            own = label_logits(scores, local, plan.tile_bytes)
             if plan.merge == "maximum":
                 return own, [_group_values(sized, scores, grid) for grid in plan.grids]
-            return own, [how.kernel.forward(scores, sized.plan)[0]]
+            return own, [kernel.forward(scores, plan)[0]]
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            own, values = with_smaller_tiles(plan.tile_bytes, walk)
+        with without_autocast(hidden.device):
+            own, values = walked(how.kernel, plan, walk, may_differ=how.may_differ)
             own = shards.sum(own.masked_fill_(~is_own, 0))
             winner = None
             if plan.merge == "maximum":
@@ -183,44 +184,27 @@ class _ShardedStream(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_own: Tensor, grad_merged: Tensor) -> tuple[Tensor | None, ...]:
-        labels, hidden, bias, merged, winner, *tensors = ctx.saved_tensors
+        labels, hidden, bias, merged, winner, *_ = ctx.saved_tensors
         how: _How = ctx.how
         scores, shards = how.scores(hidden, bias), how.rows.shards
         wants_hidden, wants_bias, *wants_rows = ctx.needs_input_grad[2:]
+        wanted = Wanted(wants_hidden, wants_bias, wants_rows)
         # Each process knows the gradients of its own tokens' losses.
         both = shards.sum(torch.stack([grad_own, grad_merged]))
         grad_own, grad_merged = torch.cat([both, both.new_zeros(2, 1)], dim=1).unbind(0)
         is_own, local = how.own_labels(labels)
-        of_labels = grad_own[:-1].masked_fill(~is_own, 0)
+        of_labels = Labels(local, grad_own[:-1].masked_fill(~is_own, 0))
+        share = 1 / shards.world_size
 
-        def walk(tile_bytes: int) -> Gradients:
-            into = Gradients(
-                hidden=gradient_buffer(hidden) if wants_hidden else None,
-                rows=gradient_buffers(tensors, wants_rows),
-                bias=torch.zeros(len(bias), dtype=scores.dtype, device=bias.device)
-                if wants_bias
-                else None,
-            )
-            plan = replace(how.plan, tile_bytes=tile_bytes)
-            stream_torch.label_backward(scores, local, of_labels, into, tile_bytes)
-            how.kernel.backward(scores, plan, merged, winner, grad_merged, into)
-            return into
+        def walk(kernel: Kernel, plan: Plan) -> Gradients:
+            def add(scores: Scores, plan: Plan, into: Gradients) -> None:
+                kernel.backward(scores, plan, merged, winner, grad_merged, into)
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            into = with_smaller_tiles(how.plan.tile_bytes, walk)
-        rows_grads = into.rows or (None,) * len(tensors)
-        for buffer in (*rows_grads, into.bias):
-            if buffer is not None:
-                buffer /= shards.world_size
-        return (
-            *(None,) * 2,
-            None if into.hidden is None else into.hidden.to(hidden.dtype),
-            None if into.bias is None else into.bias.to(bias.dtype),
-            *(
-                None if buffer is None else buffer.to(tensor.dtype)
-                for tensor, buffer in zip(tensors, rows_grads, strict=True)
-            ),
-        )
+            return gradients_of(scores, plan, of_labels, wanted, add, row_share=share)
+
+        with without_autocast(hidden.device):
+            found = walked(how.kernel, how.plan, walk, may_differ=how.may_differ)
+        return None, None, found.hidden, found.bias, *(found.rows or ())
 
 
 # ------------------------------------------------------------------------------------------- merge
@@ -294,5 +278,6 @@ def _values_of_piece(how: _How, scores: Scores, grid: Grid) -> Tensor:
     states = scores.hidden.index_select(0, members.clamp(max=len(scores.hidden) - 1))
     apart = replace(grid, tokens=places.view(grid.tokens.shape), own_labels=own)
     plan = replace(how.plan, grids=(apart,), merge="logaddexp", n_tokens=len(members))
-    merged, _, _ = how.kernel.forward(replace(scores, hidden=states), plan)
+    of_states = replace(scores, hidden=states)
+    merged, _, _ = how.kernel.forward(of_states, plan)
     return merged[:-1]

@@ -222,11 +222,14 @@ class WholeCheckpoints(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:  # of FSDP, which names a tied weight as often as it is used
+            tied = getattr(model, "all_tied_weights_keys", {})
+            state_dict = {name: t for name, t in state_dict.items() if name not in tied}
         if self._is_saving or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder = make_folder(str(self.args.output_dir if output_dir is None else output_dir))
-        model = self.accelerator.unwrap_model(self.model)
         is_recommender = isinstance(model, PublishedRecommender)
         config = ADAPTER_CONFIG_NAME if hasattr(model, "peft_config") else CONFIG_NAME
         with complete_files(folder, config, replaced=WEIGHTS) as part:

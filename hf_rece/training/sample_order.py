@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -42,13 +42,18 @@ class SampleOrder(Trainer):
     def _ignore_repeated(self, batch: Any) -> None:
         """Ignore the labels of samples that are in the last batch of an epoch a second time."""
         state, sharing = self.accelerator.gradient_state, self.accelerator.dataloader_config
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+        if self.args.world_size == 1 or not state.end_of_dataloader:
+            return
+        samples, size = getattr(state.active_dataloader, "dataset", None), self._train_batch_size
+        if not isinstance(samples, Sized) or isinstance(samples, IterableDataset):
             return
         if sharing.split_batches or sharing.dispatch_batches:
             return
-        size = self._train_batch_size
+        n_left = len(samples) % (size * self.args.world_size)
+        if n_left == 0 or self.args.dataloader_drop_last:
+            return
         # The first process has the first samples of a step, and the last has the repeated ones.
-        n_own = max(state.remainder - self.args.process_index * size, 0)
+        n_own = max(n_left - self.args.process_index * size, 0)
         for name in ("labels", "shift_labels"):
             if name in batch and len(batch[name]) == size:
                 batch[name][n_own:] = -100

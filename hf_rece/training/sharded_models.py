@@ -73,7 +73,8 @@ class ShardedModels(Trainer):
         groups = self._groups_of_cut_parameters()
         prepared = super()._prepare_for_training(*args, **kwargs)
         # Accelerate finds parameters again by their addresses, which empty shards have in common.
-        for group, parameters in zip(self.optimizer.param_groups, groups, strict=False):
+        of_optimizer = [] if self.optimizer is None else self.optimizer.param_groups
+        for group, parameters in zip(of_optimizer, groups, strict=False):
             group["params"] = parameters
         _answer_while_cut(self.model)
         return prepared
@@ -82,6 +83,9 @@ class ShardedModels(Trainer):
         """Return the parameters of each group, if an evaluation has cut the model before."""
         if self.optimizer is None or not isinstance(self.model, FSDPModule):
             return []
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the last layers whole
         return [list(group["params"]) for group in self.optimizer.param_groups]
 
     def _refuse_what_needs_whole_weights(self) -> None:

@@ -8,7 +8,7 @@ this machine's processor are fitted to steps that were measured here; those of G
 what their data sheets promise. ASSUMPTIONS says what is left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ FLOAT = 4  # bytes: parameters, gradients and moments are float32
 COMPRESSION, N_CODES, SIGNATURE_BYTES = 16, 8, 16
 SECTOR = 32  # bytes that a GPU reads for any one number
 TABLES = ("dense", "sparse_grad", "compositional", "lma")
-SHARDINGS = ("ddp", "fsdp", "vocab_parallel")
+# Processes that hold the classes together, None for all.
+GROUPS = {"vocab_parallel": None, "vocab_parallel_8": 8, "vocab_parallel_64": 64}
+SHARDINGS = ("ddp", "fsdp", *GROUPS)
+NODE = 8  # GPUs that NVLink connects
+JOINED = 2**28  # bytes: _JOINED_BYTES of hf_rece.ops.topk
 ASSUMPTIONS = (
     "float32 tables under Adam (8 bytes of moments a number), tied: they look up the input too, "
     "and a dense one gets a gradient from either side; products in TF32 on GPUs",
@@ -36,7 +40,11 @@ ASSUMPTIONS = (
     "that each process touched go to all)",
     "fsdp: the table is one unit, gathered whole in forward and in backward",
     "vocab_parallel: classes are cut over all processes, whose tokens all meet all classes; every "
-    "process plans for all, as in hf_rece.ops.vocab_parallel; dense tables only",
+    "process keeps all their states and plans for all, with stratified for all classes too, as in "
+    "hf_rece.ops.vocab_parallel; dense tables only",
+    "vocab_parallel_8, _64: groups of as many neighbours hold all classes each, and average the "
+    "gradients of their rows over the groups once a step, as with vocab_parallel_size; within 8, "
+    "states travel by NVLink",
     "compositional: 8 digits an item from a log, side by side; lma: 8 keys an item; both 16 times "
     "fewer numbers, replicated",
 )
@@ -129,17 +137,24 @@ class Case:
         """Whether hf_rece can run it at all."""
         if self.table == "sparse_grad":
             return self.loss in SPARSE_GRAD_LOSSES and self.sharding == "ddp"
-        return self.table == "dense" or (self.sharding != "vocab_parallel" and self.loss != "dense")
+        return self.table == "dense" or (self.sharding not in GROUPS and self.loss != "dense")
+
+    @property
+    def group(self) -> int:
+        """Processes that hold the classes together: 1 where each has all of them."""
+        if self.sharding not in GROUPS:
+            return 1
+        return min(GROUPS[self.sharding] or self.ranks, self.ranks)
 
     @property
     def is_cut(self) -> bool:
         """Whether its classes are cut over processes."""
-        return self.sharding == "vocab_parallel" and self.ranks > 1
+        return self.group > 1
 
     @property
     def scored(self) -> int:
         """Tokens that a process scores."""
-        return self.tokens * (self.ranks if self.is_cut else 1)
+        return self.tokens * self.group
 
     @property
     def parameters(self) -> int:
@@ -172,12 +187,14 @@ class Cost:
         work: operations, bytes that are streamed or gathered, and lookups, by name.
         sent: bytes that go through its link.
         messages: collectives, one after another.
+        near: of the bytes sent, those that stay in a node, where there are more nodes.
     """
 
     memory: dict[str, float]
     work: dict[str, float]
     sent: float
     messages: int
+    near: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -188,7 +205,7 @@ class Cost:
 def cost_of(case: Case) -> Cost:
     """Return what a process must keep, do and send in a step."""
     choice, estimate = _estimate(case)
-    share = 1 / case.ranks if case.is_cut else 1.0
+    share = 1 / case.group
     own = case.parameters * share
     touched = _rows(case, choice) * share
     local = own / case.ranks if case.sharding == "fsdp" else own
@@ -214,16 +231,20 @@ def cost_of(case: Case) -> Cost:
         "lookups": (streamed + gathered) * case.lookups,
     }
     best = _best_bytes(case, choice)
-    sent, messages = _messages(case, touched, best)
+    sent, messages = _messages(case, choice, touched, best)
     if case.loss == "sce" and case.is_cut:
         # Groups are compared by two values for each of their tokens.
         sent += 4 * FLOAT * choice.n_buckets * choice.bucket_size_x
-    return Cost(_memory(case, estimate, own, local, best), work, sent, messages)
+    near = sent if case.is_cut and case.group <= NODE < case.ranks else 0.0
+    n_groups = case.ranks // case.group
+    if case.is_cut and n_groups > 1:  # the gradient of the own rows, averaged over groups
+        sent, messages = sent + 2 * (n_groups - 1) / n_groups * own * FLOAT, messages + 1
+    return Cost(_memory(case, estimate, own, local, best), work, sent, messages, near)
 
 
 def _estimate(case: Case) -> tuple[Any, Estimate]:
     """Return the loss's knobs, and what it costs with all that is not shared out."""
-    weights = case.parameters // (case.ranks if case.is_cut else 1)
+    weights = case.parameters // case.group
     shape = Shape(
         case.scored,
         case.items,
@@ -236,6 +257,10 @@ def _estimate(case: Case) -> tuple[Any, Estimate]:
         return None, dense_estimate(shape)
     entry: Any = LOSSES[case.loss]  # type: ignore[index]
     choice = entry.choose(entry.config(), shape)
+    if case.loss == "rece" and case.is_cut:
+        # The plan is of the own classes, and so are its bytes; operations are shared out later.
+        own = entry.choose(choice.config, replace(shape, n_classes=-(-case.items // case.group)))
+        return choice.config, replace(own.estimate, flops=choice.estimate.flops)
     return choice.config, choice.estimate
 
 
@@ -258,7 +283,7 @@ def _best_bytes(case: Case, knobs: Any) -> float:
         return 0.0
     is_sce = case.loss == "sce"
     n_best = knobs.n_buckets * knobs.bucket_size_y if is_sce else knobs.n_groups * knobs.n_hard
-    return case.ranks * n_best * 12.0  # a score, and an int64
+    return case.group * n_best * 12.0  # a score, and an int64
 
 
 def _hashing(case: Case, knobs: Any) -> float:
@@ -277,7 +302,14 @@ def _memory(
     case: Case, estimate: Estimate, own: float, local: float, best: float
 ) -> dict[str, float]:
     terms = estimate.terms
-    backward = terms["gradients"] + terms["skips"] + terms["tile"]
+    # Gathered from all of the group, they stay until backward has sent their gradients back.
+    states = FLOAT * case.width * case.scored if case.is_cut else 0.0
+    moments = (
+        terms["gradients"] + terms["skips"] + terms["tile"],
+        terms["search"] + 2 * min(best, JOINED),
+        states,  # joined from pieces
+        terms["gradients"] + states,  # each process's part of the own tokens' gradients
+    )
     is_tied = case.updates and case.table != "sparse_grad"
     memory = {
         "table": FLOAT * local,
@@ -285,7 +317,8 @@ def _memory(
         "gradient as input": FLOAT * own * is_tied,
         "codes": case.item_bytes * case.items,
         "loss": terms["plan"] + terms["tokens"] + terms["libraries"],
-        "gradients or search": max(backward, terms["search"] + 2 * best),
+        "states of all": states,
+        "gradients or search": max(moments),
     }
     if case.ranks > 1 and case.sharding == "fsdp":
         memory["gathered"] = FLOAT * own + FLOAT * local  # the whole table; its own gradients
@@ -294,7 +327,7 @@ def _memory(
     return {name: value for name, value in memory.items() if value}
 
 
-def _messages(case: Case, touched: float, best: float) -> tuple[float, int]:
+def _messages(case: Case, knobs: Any, touched: float, best: float) -> tuple[float, int]:
     """Return the bytes that a process sends in a step, and in how many collectives."""
     ranks, row = case.ranks, case.width * FLOAT
     if ranks == 1:
@@ -306,20 +339,26 @@ def _messages(case: Case, touched: float, best: float) -> tuple[float, int]:
         return (ranks - 1) * (touched + 2 * case.tokens) * (row + 8), 2
     if case.sharding == "ddp":
         return 2 * ring * case.parameters * FLOAT, 1
-    # States and labels to all, the inputs' rows and their gradients, the states' gradients back.
-    sent = ring * case.scored * (2 * row + 8) + 4 * case.tokens * row
-    sent += 2 * 4 * ring * case.scored * FLOAT  # three values a token forward, one backward
+    ring = (case.group - 1) / case.group
+    # States and labels to all, the states' gradients back; ids and rows of inputs, and gradients.
+    sent = ring * case.scored * (2 * row + 8) + 2 * ring * case.tokens * (row + 8)
+    sent += 2 * 5 * ring * case.scored * FLOAT  # three values a token forward, two backward
     if case.loss == "rece":
-        sent += 2 * ring * case.items * 2  # the buckets of all classes, two bytes in each round
+        sent += knobs.n_rounds * (case.group - 1) * knobs.n_buckets * 8  # sizes of the buckets
     return sent + ring * best, 12
 
 
 def seconds(cost: Cost, device: Device, ranks: int = 1) -> dict[str, float]:
     """Return the seconds of a step by what they are spent on."""
-    link = device.node_link if ranks <= 8 else device.network
+    link = device.node_link if ranks <= NODE else device.network
     hops = 10e-6 * max(1, ranks - 1).bit_length()
+    messages = cost.messages * hops
+    if cost.sent:
+        messages += (cost.sent - cost.near) / link
+    if cost.near:
+        messages += cost.near / device.node_link
     return {
         **{name: amount / getattr(device, name) for name, amount in cost.work.items()},
-        "messages": cost.sent / link + cost.messages * hops if cost.sent else 0.0,
+        "messages": messages,
         "launch": device.launch,
     }

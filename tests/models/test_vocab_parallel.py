@@ -10,7 +10,7 @@ from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 from tests.head.steps import LargestTensors
-from tests.processes import in_processes
+from tests.processes import assert_messages_fit, in_processes, record_messages
 
 N_ITEMS = 50
 HISTORIES = [["i3", "i9", "i3"], ["i40"], ["i1", "i2", "i50"]]
@@ -229,3 +229,133 @@ def test_in_one_process_nothing_is_cut(tmp_path):
     model.save_pretrained(tmp_path)
     again = RecommenderModel.from_pretrained(tmp_path, vocab_parallel=True)
     assert torch.equal(again.item_head.weight, model.item_head.weight)
+
+
+# ---------------------------------------------------------------------------- several groups
+
+
+def of_mesh(rank, folder):
+    """What two groups of two processes find; the second group has no label."""
+    model = whole_model("sasrec", output_bias=True)
+    model.cut_vocabulary(vocab_parallel_size=2)
+    shards = model.vocab_shards
+    assert (shards.world_size, shards.data_size) == (2, 2)
+    assert rank == shards.rank + 2 * shards.data_rank
+    own = slice(rank, rank + 1)
+    found = {"answers": answers(model)}
+    for name, of_all in (("batch", batch()), ("lopsided", lopsided())):
+        model.zero_grad()
+        found[name] = step(model, *(part[own] for part in of_all))
+        found[f"{name}, ranks"] = ranks(model, *(part[own] for part in of_all))
+    model.zero_grad()
+    for layer in (model.item_head, model.get_input_embeddings()):
+        layer.averages_gradients = False
+    step(model, *(part[own] for part in batch()))
+    for layer in (model.item_head, model.get_input_embeddings()):
+        layer.averages_gradients = True
+    found["accumulated"] = step(model, *(part[own] for part in batch()))
+    model.save_pretrained(folder)
+    loaded = RecommenderModel.from_pretrained(folder, vocab_parallel_size=2)
+    found["loaded"] = loaded.item_head.weight.detach(), model.item_head.weight.detach()
+    torch.manual_seed(rank)
+    found["drawn"] = RecommenderModel(config_of("sasrec", 9001), vocab_parallel_size=2)
+    found["drawn"] = found["drawn"].item_head.weight.detach()
+    whole = RecommenderModel(config_of("sasrec"), vocab_parallel_size=1)
+    found["whole"] = whole.vocab_shards, len(whole.item_head.weight)
+    found["of three"] = told(
+        lambda: RecommenderModel(config_of("sasrec"), vocab_parallel=True, vocab_parallel_size=3)
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A folder, and what four processes found that saved a model there."""
+    folder = tmp_path_factory.mktemp("mesh")
+    return folder, in_processes(of_mesh, 4, folder)
+
+
+@pytest.mark.parametrize(("name", "times"), [("batch", 1), ("lopsided", 1), ("accumulated", 2)])
+def test_gradients_of_groups_are_those_of_a_whole_model_as_ddp_averages_them(mesh, name, times):
+    data = lopsided() if name == "lopsided" else batch()
+    loss, gradients = step(whole_model("sasrec", output_bias=True), *data)
+    of_each = [found[name] for found in mesh[1]]
+    torch.testing.assert_close(sum(each[0] for each in of_each), loss)
+    for key, gradient in gradients.items():
+        parts = [each[1][key] for each in of_each]
+        if parts[0].shape == gradient.shape:
+            got = sum(parts)
+        else:
+            for one, same in zip(parts[:2], parts[2:], strict=True):
+                assert torch.equal(one, same), key
+            got = 4 * torch.cat(parts[:2])
+        torch.testing.assert_close(got, times * gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_rank_and_recommend_like_a_whole_model(mesh):
+    model = whole_model("sasrec", output_bias=True)
+    wanted = answers(model)["plain"]
+    for found in mesh[1]:
+        got = found["answers"]["plain"]
+        assert [[r.item for r in a] for a in got] == [[r.item for r in a] for a in wanted]
+    for name, data in (("batch, ranks", batch()), ("lopsided, ranks", lopsided())):
+        of_all = zip(*(found[name] for found in mesh[1]), strict=True)
+        for parts, want in zip(of_all, ranks(model, *data), strict=True):
+            torch.testing.assert_close(torch.cat(parts), want)
+
+
+def test_one_process_of_all_writes_and_each_group_reads(mesh):
+    folder, of_all = mesh
+    wanted = whole_model("sasrec", output_bias=True)
+    again = RecommenderModel.from_pretrained(folder)
+    for name, weight in wanted.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+    assert not list(folder.glob("*.part"))
+    for found in of_all:
+        assert torch.equal(*found["loaded"])
+
+
+def test_groups_draw_the_same_new_rows(mesh):
+    drawn = [found["drawn"] for found in mesh[1]]
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[3])
+    assert len(torch.cat(drawn[:2]).unique(dim=0)) == 9001
+
+
+def test_a_group_is_a_divisor_of_all_processes(mesh):
+    for found in mesh[1]:
+        assert found["whole"] == (None, N_ITEMS + 1)
+        assert "vocab_parallel_size=3: 4 processes" in found["of three"]
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def messages(rank, n_first):
+    """The messages of training, ranking and recommending, of which the first has some sequences."""
+    model = whole_model("sasrec")
+    model.cut_vocabulary()
+    own = slice(0, n_first) if rank == 0 else slice(n_first, 4)
+    ids, labels = (part[own] for part in batch())
+    jobs = {
+        "step": lambda: step(model, ids, labels),
+        "ranks": lambda: ranks(model, ids, labels),
+        "recommend": lambda: model.recommend(HISTORIES[:n_first], k=3),
+        "item_vectors": lambda: model.item_vectors(["i1", "i50"][:n_first]),
+    }
+    found, sent = {}, record_messages()
+    for name, job in jobs.items():
+        job()
+        found[name] = sent.copy()
+        sent.clear()
+    return found
+
+
+def test_messages_of_a_model_depend_on_no_data_and_fit_together():
+    of_each = [in_processes(messages, 2, n_first) for n_first in (1, 3)]
+    for name, sent in of_each[0][0].items():
+        names = [message for message, *_ in sent]
+        assert 2 <= len(names) <= 20
+        for of_two in of_each:
+            assert [message for message, *_ in of_two[0][name]] == names
+            assert_messages_fit([found[name] for found in of_two])

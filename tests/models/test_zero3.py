@@ -14,7 +14,7 @@ from tests.zero3 import NOT_AVAILABLE, Zero3
 
 TABLES = {
     "dense": None,
-    "composed": {"type": "compositional", "compression": 4, "operation": "mult", "codes": "id"},
+    "composed": {"type": "compositional", "compression": 3, "operation": "mult", "codes": "id"},
     "codes": {"type": "compositional", "compression": 2, "codes": "given", "n_codes": 2},
     "lma": {"type": "lma", "compression": 2},
 }

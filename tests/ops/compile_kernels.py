@@ -29,6 +29,7 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
 }  # fmt: skip
+INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "cp.async")
 # Cores, and shared memory that a program may ask for.
 DEVICES = {
     80: (108, 163 * 1024),
@@ -108,13 +109,13 @@ def plans(n_tokens, n_classes):
     }
 
 
-def launches_of(name, dtype, width, n_tokens=256, n_classes=512):
+def launches_of(name, dtype, width, autocast=None, n_tokens=256, n_classes=512):
     """Return the launches of a forward and a backward; with every option but for "exhaustive"."""
     plan = plans(n_tokens, n_classes)[name]
     full = name != "exhaustive"
     hidden, weight = (torch.zeros(n, width, dtype=dtype) for n in (n_tokens, n_classes))
     bias = torch.zeros(n_classes) if full else None
-    scores = Scores(hidden, DenseRows(weight), bias, 1.0, 30.0 if full else None)
+    scores = Scores(hidden, DenseRows(weight), bias, 1.0, 30.0 if full else None, autocast)
     into = Gradients(
         torch.zeros(n_tokens, width),
         (torch.zeros(n_classes, width),),
@@ -136,7 +137,9 @@ def main():
         name, dtype, width, *options = case.split(":")
         torch.use_deterministic_algorithms("deterministic" in options)
         torch.set_float32_matmul_precision("high" if "tf32" in options else "highest")
-        for kernel, args, constants in launches_of(name, getattr(torch, dtype), int(width)):
+        autocast = torch.bfloat16 if "autocast" in options else None
+        launches = launches_of(name, getattr(torch, dtype), int(width), autocast)
+        for kernel, args, constants in launches:
             compiled = compile_launch(kernel, args, dict(constants), capability)
             print(json.dumps({
                 "case": case,
@@ -164,7 +167,9 @@ def resources(compiled, capability):
     return {
         "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
         "spilt": int(re.search(r"(\d+) bytes spill stores", said).group(1)),
-        "instructions": [word for word in ("wgmma", "mma.sync", "cp.async") if word in code],
+        "instructions": [
+            word for word in ("tcgen05.mma", "wgmma", "mma.sync", "cp.async") if word in code
+        ],
     }
 
 

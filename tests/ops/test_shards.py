@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import topk
 from hf_rece.ops.lookup import lookup
-from hf_rece.ops.lsh import buckets
-from hf_rece.ops.rows import DenseRows, as_output_rows
+from hf_rece.ops.lsh import buckets, sort_into_chunks, sort_shard_into_chunks
+from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.same_draws import same_draws
 from hf_rece.ops.shards import ShardedRows, VocabShards, shard_classes
 from hf_rece.ops.topk import label_rank, streamed_topk
+from hf_rece.ops.vocab_mesh import vocab_mesh
 from tests.processes import in_processes
 
 N_CLASSES, WIDTH = 103, 6
@@ -43,7 +45,6 @@ def search_all(hidden, rows, labels, bias, offset):
     for name in RANKS:
         found[f"rank, {name}"] = label_rank(hidden, rows, labels, bias=bias, **SEARCHES[name])
     found["rank, no bias"] = label_rank(hidden, rows, labels)
-    found["buckets"] = buckets(as_output_rows(rows), torch.eye(WIDTH), 10_000)
     return found
 
 
@@ -56,6 +57,8 @@ def of_processes(rank, world_size):
     rows = ShardedRows(DenseRows(local), shards)
     with torch.no_grad():
         found = search_all(hidden, rows, labels, bias[classes], shards.first)
+        topk._JOINED_BYTES = 1000  # of two or four queries at once
+        found["in pieces"] = streamed_topk(hidden, rows, 12, bias=bias[classes])
     ids = IDS[rank]
     found["rows"] = lookup(rows, ids)
     (found["rows"] * (rank + 1)).sum().backward()
@@ -67,6 +70,15 @@ def of_processes(rank, world_size):
         with pytest.raises(ArgumentError) as caught:
             lookup(rows, torch.tensor([wrong if rank == 1 else 1]))
         found[name] = str(caught.value)
+    found["chunks"] = {}
+    own = buckets(rows.local, torch.eye(WIDTH), 10_000)
+    for n_chunks in (1, 5, 40):
+        chunks = sort_shard_into_chunks(own, WIDTH, n_chunks, shards)
+        ids = chunks.table(padding=shards.n_local)
+        row, column = chunks.places(torch.arange(shards.n_local))
+        same = torch.equal(ids[row, column], torch.arange(shards.n_local, dtype=torch.int32))
+        of_all = torch.where(ids < shards.n_local, ids + shards.first, -1).tolist()
+        found["chunks"][n_chunks] = of_all, chunks.numbers(), same
     generator = torch.Generator().manual_seed(rank)
     with same_draws(shards, generator, torch.device("cpu")):
         found["drawn"] = torch.rand(3, generator=generator)
@@ -94,8 +106,23 @@ def test_searches_are_those_of_one_process(processes):
             assert torch.equal(*ids), name
 
 
-def test_buckets_keep_their_type(processes):
-    assert processes[0]["buckets"].dtype == torch.int16
+def test_what_processes_found_best_is_joined_in_pieces(processes):
+    for found in processes:
+        assert all(map(torch.equal, found["in pieces"], found["topk, plain"]))
+
+
+def test_chunks_are_those_of_all_classes(processes):
+    bucket_of = buckets(DenseRows(table()[1]), torch.eye(WIDTH), 10_000)
+    for n_chunks in (1, 5, 40):
+        wanted = sort_into_chunks(bucket_of, n_chunks)
+        parts = [found["chunks"][n_chunks] for found in processes]
+        assert torch.equal(
+            torch.cat([numbers[:-1] for _, numbers, _ in parts]), wanted.numbers()[:-1]
+        )
+        every = [{int(i) for i in row if i < N_CLASSES} for row in wanted.table(N_CLASSES)]
+        for row, ids in enumerate(every):
+            assert ids == {i for found_table, _, _ in parts for i in found_table[row] if i >= 0}
+        assert all(same for _, _, same in parts)
 
 
 def test_each_process_finds_the_rows_it_asks_for(processes):
@@ -125,6 +152,57 @@ def test_draws_are_those_of_the_first_process(processes):
         wanted = torch.rand(3, generator=generator)
         for found in processes:
             assert torch.equal(found[name], wanted)
+
+
+# ---------------------------------------------------------------------------- several groups
+
+
+def in_meshes(rank):
+    """What each arrangement of four processes finds, all of which are seeded alike."""
+    found = {}
+    for size in (1, 2, 4):
+        shards = shard_classes(N_CLASSES, vocab_mesh(size))
+        place = shards.data_rank, shards.rank, shards.data_size, shards.world_size
+        drawn = []
+        for generator in (None, torch.Generator().manual_seed(0)):
+            torch.manual_seed(0)
+            with same_draws(shards, generator, torch.device("cpu")):
+                drawn.append(torch.rand(3, generator=generator).tolist())
+        own = torch.tensor([float(rank)])
+        taken = shards.take_from_main(own + 5).item()
+        found[size] = place, drawn, taken, shards.average_over_data(own).item()
+    with pytest.raises(ArgumentError, match="4 processes are no rows of as many"):
+        vocab_mesh(3)
+    found["all"] = vocab_mesh().shape
+    return found
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    return in_processes(in_meshes, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_neighbours_hold_a_vocabulary_together(meshes, size):
+    for rank, found in enumerate(meshes):
+        place, _, taken, mean = found[size]
+        assert place == (rank // size, rank % size, 4 // size, size)
+        assert taken == 5  # the first of all
+        column = torch.arange(rank % size, 4, size)
+        assert mean == column.float().mean()
+        assert found["all"] == (1, 4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_group_draws_together_and_groups_draw_apart(meshes, size):
+    of_groups = [[found[size][1] for found in meshes[first:][:size]] for first in range(0, 4, size)]
+    for draws in of_groups:
+        assert all(drawn == draws[0] for drawn in draws)
+    firsts = [draws[0] for draws in of_groups]
+    wanted = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
+    assert firsts[0] == [wanted, wanted]  # as one process
+    every = [tuple(drawn) for first in firsts for drawn in first]
+    assert len(set(every)) == len(firsts)
 
 
 # ------------------------------------------------------------------------------------ no processes

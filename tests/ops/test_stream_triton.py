@@ -1,5 +1,8 @@
 """The Triton kernels against the torch backend, in Triton's interpreter; on a GPU with -m gpu."""
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import LOSSES, build_loss
-from hf_rece.ops import stream, stream_torch
+from hf_rece.ops import fallback, products, stream, stream_torch
 from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.stream import choose_kernel
@@ -25,6 +28,8 @@ from tests.ops.every_kernel import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime.errors import OutOfResources
 
 from hf_rece.ops import stream_triton, triton_windows
 
@@ -63,10 +68,16 @@ def test_losses_equal_those_of_the_torch_backend(name, shaping, device):
 
 @on_every_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["cross_entropy", "sce", "bce"])
-def test_low_precision_is_accumulated_in_float32(name, dtype, device):
-    tensors = tensors_of(device, dtype=dtype)
-    plain, fused = (loss_and_grads(name, backend, *tensors) for backend in ("torch", "triton"))
+@pytest.mark.parametrize(
+    ("name", "width"), [("cross_entropy", 20), ("sce", 20), ("bce", 20), ("cross_entropy", 300)]
+)
+def test_low_precision_is_accumulated_in_float32(name, width, dtype, device):
+    tensors = tensors_of(device, width=width, dtype=dtype)
+    scale = min(1.0, 4 / width**0.5)
+    plain, fused = (
+        loss_and_grads(name, backend, *tensors, logit_scale=scale)
+        for backend in ("torch", "triton")
+    )
     # Products of the inputs as they are: the losses are those of float32 arithmetic.
     torch.testing.assert_close(fused[0], plain[0], **TOLERANCE)
     for left, right in zip(fused[3:], plain[3:], strict=True):
@@ -112,6 +123,32 @@ def test_inputs_of_two_dtypes_are_multiplied_in_float32(device):
         torch.testing.assert_close(left, right, **TOLERANCE)
 
 
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [20, 300])
+def test_autocast_rounds_operands_alone(width, dtype, device, monkeypatch):
+    monkeypatch.setattr(products, "_ROUNDING_DEVICES", (device,))
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies in float32 what would be bfloat16")
+    hidden, weight, labels, bias = tensors_of(device, width=width)
+    scale = {"logit_scale": 0.3, "observe": False}
+
+    def found(backend, operands, autocast):
+        with torch.autocast(device, dtype=dtype, enabled=autocast):
+            return loss_and_grads("cross_entropy", backend, *operands, labels, bias, **scale)
+
+    rounded = [t.detach().to(dtype).float().requires_grad_() for t in (hidden, weight)]
+    exact = found("torch", rounded, False)
+    for backend in ("torch", "triton"):
+        cast = found(backend, (hidden, weight), True)
+        torch.testing.assert_close(cast[0], exact[0], **TOLERANCE)
+        for left, right in zip(cast[1:], exact[1:], strict=True):
+            assert left.dtype == torch.float32
+            error = (left - right).norm() / right.norm()
+            assert error < 2 * torch.finfo(dtype).eps
+        assert not torch.equal(cast[0], found(backend, (hidden, weight), False)[0])
+
+
 # ------------------------------------------------------------------------------------------ shapes
 
 
@@ -125,6 +162,7 @@ def test_inputs_of_two_dtypes_are_multiplied_in_float32(device):
         ("stratified", 4, 150, 1),
         ("stratified", 12, 141, 260),
         ("rece", 16, 150, 100),
+        ("cross_entropy", 4, 141, 5000),
     ],
 )
 def test_any_shape(name, n_tokens, n_classes, width, device):
@@ -163,6 +201,38 @@ def test_frozen_inputs(frozen, width, device):
     assert_same("sampled_softmax", "triton", *tensors.values(), logit_scale=0.3)
 
 
+@on_every_device
+@pytest.mark.skipif(
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 12 * 2**30,
+    reason="some systems promise no more memory than there is",
+)
+@pytest.mark.parametrize("width", [16, 300])
+def test_numbers_beyond_32_bits_are_addressed(width, device):
+    # Of these 9 GB, a CPU touches a few pages.
+    stride = 2**30 + 16
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("a GPU keeps what it promises")
+    spread = torch.empty(2 * stride + width, dtype=torch.float32, device=device)
+    far = spread.as_strided((3, width), (stride, 1))
+    near = torch.randn(3, width, device=device)
+    far.copy_(near)
+    tokens, classes = (torch.tensor([[0, 2, 1]], dtype=torch.int32, device=device) for _ in "ab")
+    grad = torch.tensor([1.0, 0.5, -1.0, 0.0], device=device)
+    for sole in (None, classes):  # all classes in order, or gathered
+        plan = Plan((Grid(tokens, sole),), "logaddexp", 3, 3, 2**20)
+        found, wanted = (
+            run(
+                stream_triton,
+                Scores(vectors, DenseRows(vectors), None, 0.1, None),
+                plan,
+                grad,
+                3 * (True,),
+            )
+            for vectors in (far, near)
+        )
+        compare(wanted, found, plan.merge)
+
+
 # ---------------------------------------------------------------------------------------- any plan
 
 
@@ -172,16 +242,58 @@ def test_frozen_inputs(frozen, width, device):
 def test_any_plan(device, data):
     scores, plan, grad, wants = draw_case(data.draw, device)
     plain = run(stream_torch, scores, plan, grad, wants)
-    deterministic = data.draw(st.booleans())
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        fused, again = (run(stream_triton, scores, plan, grad, wants) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    compare(plain, run(stream_triton, scores, plan, grad, wants), plan.merge)
+
+
+@on_every_device
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_deterministic_run_adds_by_no_atomics(device, data):
+    scores, plan, grad, wants = draw_case(data.draw, device)
+    plain = run(stream_torch, scores, plan, grad, wants)
+    with pytest.MonkeyPatch.context() as patch:
+        launched = []
+        for name in ("hidden_kernel", "rows_kernel", "wide_kernel"):
+            patch.setattr(stream_triton, name, _Noting(getattr(stream_triton, name), launched))
+        torch.use_deterministic_algorithms(True)
+        try:
+            fused = run(stream_triton, scores, plan, grad, wants)
+        finally:
+            torch.use_deterministic_algorithms(False)
     compare(plain, fused, plan.merge)
-    if deterministic:
-        for left, right in zip((*fused[0], *fused[1]), (*again[0], *again[1]), strict=True):
-            assert left is right or torch.equal(left.nan_to_num(), right.nan_to_num())
+    # wide_kernel adds by nothing else.
+    assert not any(constants.get("ATOMIC", True) for constants in launched)
+
+
+class _Noting:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launched.append(constants)
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+@on_every_device
+@pytest.mark.parametrize("name", ["cross_entropy", "rece", "stratified"])
+def test_one_skip_a_token_is_found_without_a_sort(name, device, monkeypatch):
+    make, compared = triton_windows._skip_table, []
+
+    def both(grid, *shape):
+        found = make(grid, *shape)
+        if grid.skips_once and found is not None:
+            compared.append(torch.equal(found, make(replace(grid, skips_once=False), *shape)))
+        return found
+
+    monkeypatch.setattr(triton_windows, "_skip_table", both)
+    loss_and_grads(name, "triton", *tensors_of(device))
+    assert compared
+    assert all(compared)
 
 
 @on_every_device
@@ -237,3 +349,35 @@ def test_auto_takes_triton_where_a_gpu_is_served(monkeypatch):
     monkeypatch.setattr(stream, "_native_kernel", lambda *_: pytest.fail("this is no CPU"))
     hidden = torch.ones(2, 2, device="meta")
     assert choose_kernel("auto", hidden, DenseRows(hidden)) is stream_triton
+
+
+class _Refusing:
+    """A kernel whose launches fail."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        raise self.error
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "rows"])
+def test_what_does_not_compile_is_left_to_torch_once_and_for_all(fails_in, monkeypatch):
+    refusal = OutOfResources(300_000, 232_448, "shared memory")
+    hidden, weight, labels, bias = tensors_of("cpu", width=20)
+    wanted = loss_and_grads("cross_entropy", "torch", hidden, weight, labels, bias)
+    monkeypatch.setattr(fallback, "_refusals", [])
+    monkeypatch.setattr(stream, "_has_fast_gpu", lambda hidden: True)
+    monkeypatch.setattr(stream, "_native_kernel", lambda *_: stream_triton)
+    monkeypatch.setattr(stream_triton, f"{fails_in}_kernel", _Refusing(refusal))
+    with pytest.raises(OutOfResources):
+        loss_and_grads("cross_entropy", "triton", hidden, weight, labels, bias)
+    assert not fallback.is_refused()
+    with pytest.warns(UserWarning, match=r"Triton refused a kernel.*shared memory") as said:
+        found = loss_and_grads("cross_entropy", "auto", hidden, weight, labels, bias)
+    assert len(said) == 1
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, **TOLERANCE)
+    fast = torch.ones(2, 2, device="meta")
+    assert choose_kernel("auto", fast, DenseRows(fast)) is stream_torch
+    assert choose_kernel("triton", torch.ones(2, 2), DenseRows(weight)) is stream_triton

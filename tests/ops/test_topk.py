@@ -138,3 +138,25 @@ def test_a_sample_of_classes_that_misleads_does_not_change_the_answer():
     wanted = (hidden @ weight.T).topk(20)
     torch.testing.assert_close(scores, wanted.values)
     assert torch.equal(ids, wanted.indices)
+
+
+def test_an_inexact_search_finds_the_best_of_rounded_vectors():
+    hidden, weight, bias, seen, _ = problem(7, 500, 24, 3)
+    found, ids = streamed_topk(
+        hidden, weight, 8, bias=bias, seen_ids=seen, tile_bytes=2**14, operands=torch.bfloat16
+    )
+    rounded = (t.bfloat16().float() for t in (hidden, weight))
+    wanted = dense(*rounded, bias, seen, []).topk(8)
+    torch.testing.assert_close(found, wanted.values)
+    assert torch.equal(ids, wanted.indices)
+
+
+def test_autocast_makes_no_rank_coarser():
+    hidden, weight, bias, seen, labels = problem(7, 500, 300, 3)
+    plain = label_rank(hidden, weight, labels, bias=bias, seen_ids=seen)
+    best = streamed_topk(hidden, weight, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = label_rank(hidden, weight, labels, bias=bias, seen_ids=seen)
+        again = streamed_topk(hidden, weight, 5)
+    for left, right in zip((*cast, *again), (*plain, *best), strict=True):
+        assert torch.equal(left, right)

@@ -33,7 +33,7 @@ def check(launches):
         assert launch["spilt"] <= (1024 if launch["case"].startswith("everything") else 400), launch
         # Products on tensor cores, loads ahead of them.
         if "float32" not in launch["case"]:
-            assert {"wgmma", "mma.sync"} & {*launch["instructions"]}, launch
+            assert {"tcgen05.mma", "wgmma", "mma.sync"} & {*launch["instructions"]}, launch
 
 
 def test_recommenders_and_language_models():
@@ -46,15 +46,20 @@ def test_recommenders_and_language_models():
     assert all("cp.async" in launch["instructions"] for launch in launches)
 
 
+def test_wider_than_the_table_of_blocks():
+    check(compiled(90, "exhaustive:bfloat16:5000"))
+
+
 def test_every_option_at_once():
     check(compiled(80, "everything:float16:50"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize("plan", ["exhaustive", "everything", "maximum", "sum"])
 def test_every_plan_width_and_dtype(plan, capability):
-    half = [f"{plan}:bfloat16:{width}" for width in (1, 64, 100, 256, 2048)]
+    half = [f"{plan}:bfloat16:{width}" for width in (1, 64, 100, 256, 2048, 5120)]
     single = [f"{plan}:float32:{width}{how}" for width in (64, 128, 1024) for how in ("", ":tf32")]
     more = [f"{plan}:float16:100", f"{plan}:bfloat16:2048:deterministic"]
-    check(compiled(capability, *half, *single, *more))
+    mixed = [f"{plan}:float32:{width}:autocast" for width in (64, 128, 256, 2048)]
+    check(compiled(capability, *half, *single, *more, *mixed))

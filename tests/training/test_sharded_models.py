@@ -1,5 +1,7 @@
 """FSDP2 in two processes, through the trainers: what a whole model in one process learns."""
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,12 @@ from tests.processes import in_processes
 from tests.training.test_language_model import padded, sequences
 from tests.training.test_trainer import make_data
 
+# PEFT asks transformers for what it deprecates, and saves the table of an adapted head.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+)
+
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 HISTORIES = (slice(0, 3), slice(5, 9))
 RECOMMENDERS = {
@@ -32,7 +40,7 @@ RECOMMENDERS = {
         "output_bias": True,
     },
 }
-LANGUAGE_MODELS = ("untied", "tied", "adapted head")
+LANGUAGE_MODELS = ("language model", "tied language model", "adapted head")
 
 
 def settings(folder, world_size, **arguments):
@@ -70,7 +78,7 @@ def language_model_trainer(folder, world_size, kind):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=kind == "tied",
+        num_attention_heads=2, tie_word_embeddings=kind == "tied language model",
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if kind == "adapted head":
@@ -114,70 +122,87 @@ def trained(trainer, folder):
     return found
 
 
-def run(rank, folder, world_size):
+def run(rank, folder, world_size, names):
     if world_size > 1:
         enable()
-    found = {
-        name: trained(recommender_trainer(folder / name, world_size, shape), folder / name)
-        for name, shape in RECOMMENDERS.items()
-    }
-    for name in LANGUAGE_MODELS:
-        found[name] = trained(
-            language_model_trainer(folder / name, world_size, name), folder / name
-        )
+    found = {}
+    for name in names:
+        if name in RECOMMENDERS:
+            trainer = recommender_trainer(folder / name, world_size, RECOMMENDERS[name])
+        else:
+            trainer = language_model_trainer(folder / name, world_size, name)
+        found[name] = trained(trainer, folder / name)
     return found
 
 
-every_model = pytest.mark.parametrize("name", [*RECOMMENDERS, *LANGUAGE_MODELS])
+QUICK = ("tied", "lma, apart, with bias", "language model")
+REST = tuple(name for name in (*RECOMMENDERS, *LANGUAGE_MODELS) if name not in QUICK)
+
+
+def each(names):
+    """Parametrize a test by models, those of a second start of processes as slow ones."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [name if name in QUICK else pytest.param(name, marks=slow) for name in names]
+    )
+
+
+every_model = each((*RECOMMENDERS, *LANGUAGE_MODELS))
 
 
 @pytest.fixture(scope="module")
-def of_one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    return folder, run(0, folder, 1)
+def runs(tmp_path_factory):
+    """Return the folder of a model's run and what came of it, in one process and in each of two."""
 
+    @functools.cache
+    def start(names):
+        one, two = (tmp_path_factory.mktemp(f"of_{n}") for n in ("one", "two"))
+        return (one, run(0, one, 1, names)), (two, in_processes(run, 2, two, 2, names))
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    return folder, in_processes(run, 2, folder, 2)
+    def of(name):
+        (one, wanted), (two, found) = start(QUICK if name in QUICK else REST)
+        return (one / name, wanted[name]), (two / name, [process[name] for process in found])
+
+    return of
 
 
 @every_model
-def test_loss_and_gradient_norm_are_those_of_one_process(of_one, of_two, name):
-    for found in of_two[1]:
-        assert found[name]["model"].startswith("FSDP")
-        got, wanted = (
-            torch.tensor(each[name]["history"], dtype=torch.float64) for each in (found, of_one[1])
-        )
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+def test_loss_and_gradient_norm_are_those_of_one_process(runs, name):
+    (_, wanted), (_, of_processes) = runs(name)
+    want = torch.tensor(wanted["history"], dtype=torch.float64)
+    for found in of_processes:
+        assert found["model"].startswith("FSDP")
+        got = torch.tensor(found["history"], dtype=torch.float64)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @every_model
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_metrics_and_ranks_are_those_of_one_process(of_one, of_two, name, moment):
-    for found in of_two[1]:
-        assert found[name][moment] == pytest.approx(of_one[1][name][moment], rel=1e-5)
-        assert found[name]["ranks"] == of_one[1][name]["ranks"]
+def test_metrics_and_ranks_are_those_of_one_process(runs, name, moment):
+    (_, wanted), (_, of_processes) = runs(name)
+    for found in of_processes:
+        assert found[moment] == pytest.approx(wanted[moment], rel=1e-5)
+        assert found["ranks"] == wanted["ranks"]
 
 
 @every_model
-def test_what_is_saved_is_whole(of_one, of_two, name):
+def test_what_is_saved_is_whole(runs, name):
     file = "adapter_model.safetensors" if name == "adapted head" else "model.safetensors"
-    saved, wanted = (load_file(folder / name / file) for folder in (of_two[0], of_one[0]))
+    (one, _), (two, _) = runs(name)
+    saved, wanted = load_file(two / file), load_file(one / file)
     assert set(saved) == set(wanted)
     for parameter, weight in wanted.items():
         torch.testing.assert_close(saved[parameter], weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", RECOMMENDERS)
-def test_a_cut_recommender_answers_as_a_whole_one(of_one, of_two, name):
-    wanted = of_one[1][name]
-    for found in of_two[1]:
-        assert found[name]["answers"] == wanted["answers"]
-        got, want = (torch.tensor(each["vectors"]) for each in (found[name], wanted))
+@each(RECOMMENDERS)
+def test_a_cut_recommender_answers_as_a_whole_one(runs, name):
+    (_, wanted), (folder, of_processes) = runs(name)
+    for found in of_processes:
+        assert found["answers"] == wanted["answers"]
+        got, want = torch.tensor(found["vectors"]), torch.tensor(wanted["vectors"])
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    loaded, info = RecommenderModel.from_pretrained(of_two[0] / name, output_loading_info=True)
+    loaded, info = RecommenderModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     answers = loaded.recommend([loaded.tokenizer.items[part] for part in HISTORIES], k=5)
     assert [[each.item for each in answer] for answer in answers] == wanted["answers"]

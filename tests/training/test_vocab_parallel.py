@@ -17,6 +17,7 @@ from hf_rece.training.sparsity import DynamicSparsityCallback
 from hf_rece.training.trainer import RecommenderTrainer
 from hf_rece.training.vocab_parallel import clip_cut_gradients, cut_as_asked
 from tests.processes import in_processes
+from tests.training.test_finite_steps import break_batches
 
 LOSSES = ("cross_entropy", "rece", "stratified")
 
@@ -97,6 +98,90 @@ def test_ranks_metrics_and_answers_are_those_of_one_process(of_processes, of_one
         assert got["metrics"] == pytest.approx(wanted["metrics"], rel=1e-5)
         for answer, want in zip(got["answers"], wanted["answers"], strict=True):
             assert [r.item for r in answer] == [r.item for r in want]
+
+
+# -------------------------------------------------------------- groups, half batches, skipped steps
+
+# The exact loss, by a plan that is drawn.
+EXACT = {"loss_type": "stratified", "loss_kwargs": {"n_hard": 300, "n_groups": 3}}
+IN_GROUPS = {**EXACT, "save_strategy": "steps", "save_steps": 2}
+
+
+def train_in_groups(rank, folder, world_size, checkpoint):
+    """Train in two groups of two processes, with half a batch at once, skip a step, and resume."""
+    data, found = make_data(), {}
+    size = {"vocab_parallel_size": 2} if world_size == 4 else {}
+    half = {"per_device_train_batch_size": 8 // world_size, "gradient_accumulation_steps": 2}
+    for name, more in (("whole", {}), ("half", half)):
+        trainer = make_trainer(data, folder / name, world_size, **IN_GROUPS, **size, **more)
+        shards = trainer.vocab_shards
+        assert (
+            shards is None if world_size == 1 else (shards.world_size, shards.data_size) == (2, 2)
+        )
+        trainer.train()
+        found[name] = {
+            "history": [
+                (e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e
+            ],
+            "metrics": {n: v for n, v in trainer.evaluate().items() if "@" in n or "loss" in n},
+            "greater": trainer.predict(data[1]["test"]).predictions[0].tolist(),
+            "answers": answers_of(trainer.model, data),
+        }
+    resumed = make_trainer(data, folder / "resumed", world_size, **IN_GROUPS, **size)
+    resumed.train(resume_from_checkpoint=str(checkpoint or folder / "whole" / "checkpoint-2"))
+    found["resumed"] = answers_of(resumed.model, data)
+    skipping = make_trainer(
+        data, folder / "skip", world_size, **EXACT, **size, **half, nonfinite_loss="skip"
+    )
+    # The first process's third micro-batch, of the second step.
+    break_batches(skipping, {3} if rank == 0 else set()).train()
+    found["skipped"] = skipping.skipped_steps, answers_of(skipping.model, data)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, train_in_groups(0, folder, 1, None)
+
+
+@pytest.fixture(scope="module")
+def in_groups(in_one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("groups")
+    checkpoint = in_one[0] / "whole" / "checkpoint-2"
+    return folder, in_processes(train_in_groups, 4, folder, 4, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_groups_train_like_one_process(in_groups, in_one, name):
+    wanted = in_one[1][name]
+    for found in in_groups[1]:
+        got = found[name]
+        assert got["greater"] == wanted["greater"]
+        assert got["metrics"]["eval_ndcg@10"] == wanted["metrics"]["eval_ndcg@10"]
+        assert got["metrics"] == pytest.approx(wanted["metrics"], rel=1e-5)
+        assert_same(got["answers"], wanted["answers"])
+    for got, want in zip(in_groups[1][0][name]["history"], wanted["history"], strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_groups_resume_from_a_checkpoint_of_one_process(in_groups, in_one):
+    for found in in_groups[1]:
+        assert_same(found["resumed"], in_one[1]["whole"]["answers"])
+
+
+def test_one_process_resumes_from_a_checkpoint_of_groups(in_groups, in_one, tmp_path):
+    resumed = make_trainer(make_data(), tmp_path, 1, **IN_GROUPS)
+    resumed.train(resume_from_checkpoint=str(in_groups[0] / "whole" / "checkpoint-2"))
+    assert_same(answers_of(resumed.model, make_data()), in_one[1]["whole"]["answers"])
+
+
+def test_a_step_that_is_not_finite_in_one_group_is_skipped_by_all(in_groups, in_one):
+    skipped, answers = in_one[1]["skipped"]
+    assert skipped == 1
+    for found in in_groups[1]:
+        assert found["skipped"][0] == 1
+        assert_same(found["skipped"][1], answers)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -196,6 +281,14 @@ def test_clipping_does_what_torch_does():
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(wanted, 0.7))
     for copy, parameter in zip(wanted, parameters, strict=True):
         torch.testing.assert_close(parameter.grad, copy.grad)
+
+
+def test_frozen_rows_are_no_part_of_the_norm():
+    whole, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(5))
+    whole.grad = torch.tensor([3.0, 4.0, 0.0])
+    assert clip_cut_gradients([whole], [frozen.requires_grad_(False)], None, 1.0) == 5
+    assert whole.grad.norm() == pytest.approx(1.0)
+    assert clip_cut_gradients([], [frozen], None, 1.0) == 0
 
 
 def refused(rank, folder):

@@ -26,6 +26,7 @@ def exhaustive_plan(
         tokens=tokens,
         classes=None,
         skip=pairs,
+        skips_once=True,
         blocked=excluded_ids,
     )
     return Plan((grid,), "logaddexp", n_tokens, n_classes, tile_bytes)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rece.ops.plan import Grid, Plan
+from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
 from hf_rece.ops.topk import streamed_topk
 
@@ -40,9 +41,17 @@ def sce_plan(
     Memory:
         O(n_buckets (bucket_size_x + bucket_size_y)) integers.
     """
-    _, tokens = streamed_topk(directions, DenseRows(hidden), bucket_size_x, tile_bytes=tile_bytes)
+    operands = search_dtype(hidden, rows.tensors())
+    _, tokens = streamed_topk(
+        directions, DenseRows(hidden), bucket_size_x, tile_bytes=tile_bytes, operands=operands
+    )
     _, classes = streamed_topk(
-        directions, rows, bucket_size_y, excluded_ids=excluded_ids, tile_bytes=tile_bytes
+        directions,
+        rows,
+        bucket_size_y,
+        excluded_ids=excluded_ids,
+        tile_bytes=tile_bytes,
+        operands=operands,
     )
     n_tokens, n_classes = len(hidden), rows.n_rows
     grid = Grid(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_rece.ops.lsh import buckets, random_directions, sort_into_chunks
 from hf_rece.ops.plan import Grid, Plan
+from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 from hf_rece.ops.topk import streamed_topk
@@ -81,7 +82,8 @@ def stratified_plan(
         generator: of the directions and the partitions.
 
     Memory:
-        O(n_groups n_hard + N + C) integers.
+        O(n_groups n_hard + N + C) integers: 32 bytes a class at the peak. Over ShardedRows too, in
+        every process: the blocks are one permutation of all classes.
     """
     n_tokens, n_classes = len(hidden), rows.n_rows
     groups, hard = _hard_sets(
@@ -98,7 +100,7 @@ def stratified_plan(
     hits = with_smaller_tiles(
         tile_bytes, lambda size: _find_hits(groups, hard, labels, tokens, classes, size)
     )
-    hard_grid = Grid(groups, hard, skip=hits.labels_in_hard)
+    hard_grid = Grid(groups, hard, skip=hits.labels_in_hard, skips_once=True)
     if n_hard >= len(allowed):  # nothing is left to estimate
         return Plan((hard_grid,), "logaddexp", n_tokens, n_classes, tile_bytes)
 
@@ -137,7 +139,9 @@ def _hard_sets(
     directions = random_directions(n_groups, hidden, generator)
     states = hidden.to(directions.dtype)
     # Without centring, the direction that all states share decides every bucket.
-    bucket_of = buckets(DenseRows(states - states.mean(0)), directions, tile_bytes)
+    operands = search_dtype(hidden, rows.tensors())
+    centred = DenseRows(states - states.mean(0))
+    bucket_of = buckets(centred, directions, tile_bytes, operands=operands)
     groups = sort_into_chunks(bucket_of, n_groups).table(padding=len(hidden))
     means = torch.zeros_like(directions)
     real = groups < len(hidden)
@@ -145,7 +149,13 @@ def _hard_sets(
     means.index_add_(0, group_of, states[groups[real].long()])
     means /= real.sum(1, keepdim=True).clamp(min=1)
     _, hard = streamed_topk(
-        means, rows, n_hard, bias=bias, excluded_ids=excluded_ids, tile_bytes=tile_bytes
+        means,
+        rows,
+        n_hard,
+        bias=bias,
+        excluded_ids=excluded_ids,
+        tile_bytes=tile_bytes,
+        operands=operands,
     )
     return groups, hard.masked_fill_(hard < 0, rows.n_rows).to(torch.int32)
 
