@@ -121,6 +121,44 @@ def test_the_losses_benchmark_measures_one_loss():
     assert row["loss"] > 0
 
 
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The script for a GPU, on a machine that seems to have one; commands do nothing."""
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    import gpu
+
+    class Done:
+        returncode, stdout = 0, "4 passed"
+
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "NEEDED", ())
+    monkeypatch.setattr(gpu, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: Done())
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    return gpu
+
+
+def test_a_gpu_whose_results_are_missing_is_no_success(gpu, tmp_path):
+    gpu.path_of(gpu.RECOMMENDER).write_text("left of another time")
+    with pytest.raises(SystemExit, match="was not measured"):
+        gpu.main()
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["tests"] == "4 passed"
+    assert {one["not_run"] for one in record["must"]} == {"no results"}
+
+
+def test_what_must_hold_on_a_gpu_is_told_by_quotients(gpu):
+    row = {"extra_peak_mib": 100.0, "seconds": 1.0}
+    rows = {"cce_exact": row, "cross_entropy": row, "stratified": {**row, "seconds": 0.1}}
+    for shape in (gpu.RECOMMENDER, gpu.LANGUAGE_MODEL):
+        losses = {**rows, "rece": {"not_run": "ended by signal 9"}}
+        gpu.path_of(shape).write_text(json.dumps({"losses": losses}))
+    found = gpu.verdicts()
+    assert [one.get("holds") for one in found] == [True, True, True, None, True, True, True, True]
+    assert found[2]["quotient"] == 0.1
+
+
 def test_a_peer_that_cannot_run_is_shown_with_its_reason(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES / "benchmarks")
     from contenders import CONTENDERS, Shape, reason_not_to_run

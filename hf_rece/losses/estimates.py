@@ -31,6 +31,8 @@ LIBRARY_BYTES_AT_MOST = {"cpu": 10 * 2**20}
 _VALUES_A_TOKEN = 8
 # Budgets make no smaller tiles: many of them take time.
 SMALLEST_TILE_BYTES = 2**20
+# Values of splits: a GPU of 132 processors, some programs on each, of 128 tokens.
+_SPLIT_VALUES = 132 * 4 * 128
 # streamed_topk searches for so many hidden states at once.
 _QUERIES = 256
 
@@ -53,6 +55,7 @@ class Shape:
         sparse_grad: the table's gradient holds the rows that are touched, and no others.
         is_native: C++ kernels score the pairs, a block a thread in place of tiles. Budgets do not
             count on it, so that they choose the same on every machine.
+        is_triton: fused GPU kernels score the pairs; no tile of dense rows leaves the chip.
     """
 
     n_tokens: int
@@ -67,6 +70,7 @@ class Shape:
     has_softcap: bool = False
     sparse_grad: bool = False
     is_native: bool = False
+    is_triton: bool = False
 
     @property
     def item(self) -> int:
@@ -84,10 +88,14 @@ class Shape:
         return self.n_classes * self.width if self.n_weights is None else self.n_weights
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the table is a tensor of rows."""
+        return self.weights in (0, self.n_classes * self.width)
+
+    @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients: accumulated, and returned in the inputs' dtype if another."""
-        numbers = self.weights + self.wants_hidden * self.n_tokens * self.width
-        return numbers * (self.wide + (self.item if self.item != self.wide else 0))
+        """Bytes of the gradients, at most: as sums, which are rounded where they lie."""
+        return self.wide * (self.weights + self.wants_hidden * self.n_tokens * self.width)
 
     @property
     def tile_factor(self) -> float:
@@ -220,9 +228,13 @@ def estimate(
         plan += touched * (width * shape.item + _INT64)
     walked = max(walk, *(walk_bytes(shape, grid, tile_bytes) for grid in grids))
     copies = shape.has_ignored * 2 * n_tokens * width * shape.item  # of the states, and gradient
+    if shape.is_native:
+        walked = native_bytes(shape, tile_bytes)
+    elif shape.is_triton:
+        walked = triton_bytes(shape, grids, tile_bytes)
     terms = {
-        "gradients": shape.gradient_bytes,
-        "tile": native_bytes(shape, tile_bytes) if shape.is_native else walked,
+        "gradients": gradient_bytes(shape, grids),
+        "tile": walked,
         # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
         "skips": n_skips * 6 * _INT64,
         "plan": plan + n_skips * 3 * _INT64,
@@ -233,7 +245,7 @@ def estimate(
     least = max(walk, *(walk_bytes(shape, grid, 1) for grid in grids))
     largest = {
         **terms,
-        "tile": least + int(shape.tile_factor * tile_bytes),
+        "tile": walked if shape.is_triton else least + int(shape.tile_factor * tile_bytes),
         "libraries": LIBRARY_BYTES_AT_MOST.get(shape.device.type, 0),
         # Hits of a top-k come in bursts: pending and union may hold k more each, 7 k in place of 5.
         "search": search * 7 // 5,
@@ -245,6 +257,30 @@ def estimate(
         flops=pair_flops(shape) * pairs + search_flops,
         candidates=max(1, min(candidates, shape.n_classes)),
     )
+
+
+def gradient_bytes(shape: Shape, grids: Sequence[Pairs]) -> int:
+    """Return the bytes of the gradients of states and table, as ops.gradients makes them.
+
+    In half precision the sums of a dense table that is walked in order are made in the room of the
+    result, but for the last sixteenth.
+    """
+    in_order = shape.is_dense and all(grid.as_slices for grid in grids)
+    if not in_order or shape.item == shape.wide or not shape.weights:
+        return shape.gradient_bytes
+    of_states = shape.wants_hidden * shape.n_tokens * shape.width * shape.wide
+    return of_states + shape.weights * shape.item * 17 // 16
+
+
+def triton_bytes(shape: Shape, grids: Sequence[Pairs], tile_bytes: int) -> int:
+    """Return what the fused kernels write beside the gradients.
+
+    A few float32 numbers for each group and token, from every split of a walk, of which there are
+    more the fewer tokens there are; rows that are no dense tensor are gathered, a tile at a time.
+    """
+    pairs = max(grid.n_groups * grid.n for grid in grids)
+    values = 4 * _INT32 * max(pairs, _SPLIT_VALUES)
+    return values + (0 if shape.is_dense else tile_bytes)
 
 
 def pair_flops(shape: Shape) -> int:

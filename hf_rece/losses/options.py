@@ -19,7 +19,7 @@ from hf_rece.ops.plan import Plan, resolve_tile_bytes
 from hf_rece.ops.rows import DenseRows, OutputRows, as_output_rows
 from hf_rece.ops.same_draws import same_draws
 from hf_rece.ops.shards import ShardedRows, SharedTokens
-from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream
+from hf_rece.ops.stream import BACKENDS, Backend, TokenStatistics, stream, takes_triton
 from hf_rece.ops.touched import touched_rows
 from hf_rece.ops.vocab_parallel import sharded_stream
 
@@ -197,6 +197,7 @@ class Problem:
             has_ignored=budgeted,
             has_softcap=self.options.logit_softcap is not None,
             sparse_grad=self.options.sparse_grad,
+            is_triton=takes_triton(self.options.backend, self.hidden, self.rows),
         )
 
     def sequence_ids(self) -> tuple[Tensor, int]:

@@ -86,7 +86,10 @@ def plan_losses(
         )
     numbers, where = DTYPES[dtype], torch.device(device)
     is_native = native.serves_shape(width, numbers, where)
-    shape = Shape(n_tokens, n_classes, width, numbers, where, is_native=is_native)
+    shape = Shape(
+        n_tokens, n_classes, width, numbers, where,
+        is_native=is_native, is_triton=where.type == "cuda",
+    )  # fmt: skip
     dense = dense_estimate(shape)
     plans = [_row(DENSE, {}, 0, dense, dense)]
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -89,6 +90,13 @@ def choose_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:
             "Move them to a GPU, pass 'auto', or set TRITON_INTERPRET=1 before the import to debug",
         )
     return cast(Kernel, kernel)
+
+
+def takes_triton(backend: Backend, hidden: Tensor, rows: OutputRows) -> bool:
+    """Return whether choose_kernel takes Triton's kernels on a GPU."""
+    if hidden.device.type != "cuda":
+        return False
+    return choose_kernel(backend, hidden, rows) is sys.modules.get("hf_rece.ops.stream_triton")
 
 
 def _native_kernel(backend: Backend, hidden: Tensor, rows: OutputRows) -> Kernel:

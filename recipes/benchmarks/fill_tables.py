@@ -20,6 +20,7 @@ LOSSES = {
     "torch_chunked": "the same with `LinearCrossEntropyOptions()`",
     "torch_chunked_256": "the same, 256 tokens a chunk",
     "cce_compile": "Cut Cross-Entropy, `torch_compile`",
+    "cce_exact": "its own kernels, and Liger's",
     "oracle_rece": "RECE with all logits at once (our oracle of its program)",
     "oracle_sce": "SCE likewise",
     "cross_entropy": "**`cross_entropy`, exact**",
@@ -36,6 +37,13 @@ TRAININGS = {
     "sce": "**`sce`**",
 }
 
+HEADS = {
+    "dense": "dense (transformers)",
+    "trl": "TRL, fused head",
+    "liger": "Liger",
+    "cce": "Cut Cross-Entropy",
+    "cce_exact": "Cut Cross-Entropy, exact",
+}
 # Loss, table, and how processes hold it, of results/scale.json.
 SCALES = {
     ("dense", "dense", "ddp"): "dense logits, DDP",
@@ -81,22 +89,40 @@ def memory_and_time(rows: dict[str, dict[str, Any]], name: str, other: str) -> t
 
 
 def training() -> Iterator[tuple[str, ...]]:
-    """Yield head and rows: epochs of SASRec beside RecTools, and our memory as it is now."""
-    record, now = read("training.json"), read("training_ours.json")["trainings"]
+    """Yield head and rows: epochs of SASRec beside RecTools."""
+    record = read("training.json")
     rows, peer = record["trainings"], record["trainings"]["rectools"]
-    ndcg = f"NDCG@10 after {record['epochs']} epochs"
-    yield "training", "s an epoch", "times faster", "peak MiB", "peak MiB now", "of RecTools", ndcg
+    epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] > 1)}"
+    yield (
+        *("training", "s an epoch", "ms a step", "times faster", "peak MiB", "of RecTools"),
+        f"NDCG@10 after {epochs}",
+    )
     for name, label in TRAININGS.items():
         row = rows[name]
-        peak = now[name]["peak_mib"] if name in now else row["peak_mib"]
         yield (
             label,
             f"{row['seconds_per_epoch']:.0f}",
+            f"{1000 * row['seconds_per_step']:,.0f}",
             f"{peer['seconds_per_epoch'] / row['seconds_per_epoch']:.1f}",
             f"{row['peak_mib']:,.0f}",
-            f"{peak:,.0f}",
-            f"{peak / peer['peak_mib']:.2f}",
+            f"{row['peak_mib'] / peer['peak_mib']:.2f}",
             f"{row['ndcg@10']:.4f}",
+        )
+
+
+def llm() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: training steps of two language models under each head."""
+    tiny, small = (read(f"llm_{name}.json")["heads"] for name in ("tiny_llama", "small_qwen3"))
+    yield (
+        *("head", "32,000 tokens, D=256: extra MiB", "time / dense"),
+        *("151,936 tokens, D=512: extra MiB", "time / dense"),
+    )
+    for name in tiny:
+        label = HEADS.get(name) or LOSSES[name]
+        yield (
+            label,
+            *memory_and_time(tiny, name, "dense"),
+            *memory_and_time(small, name, "dense"),
         )
 
 
@@ -121,7 +147,7 @@ def scale() -> Iterator[tuple[str, ...]]:
         yield label, *cells
 
 
-TABLES = {"losses": losses, "training": training, "scale": scale}
+TABLES = {"losses": losses, "training": training, "llm": llm, "scale": scale}
 
 
 def read(name: str) -> Any:

@@ -1,16 +1,19 @@
 """Measure everything that wants a GPU, and run the tests marked gpu: one command.
 
+    pip install -c constraints.txt -e ".[dev,benchmarks]"   # beside a torch for your CUDA
     python recipes/benchmarks/gpu.py              # both rows, the grid, language models, tests
     python recipes/benchmarks/gpu.py --quick      # the two rows and the tests
 
 Prints each table and, at the end, what must hold beside what was measured; writes the results of
-losses.py and llm.py, and results/gpu.json.
+losses.py and llm.py, results/gpu.json and the plots. Exits with 1 if anything failed or does not
+hold.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RECOMMENDER, LANGUAGE_MODEL = (25_600, 1_000_000, 64), (16_384, 248_320, 2048)
+NEEDED = ("pytest", "hypothesis", "xdist", "triton", "liger_kernel", "cut_cross_entropy", "trl")
 # (shape, measured, beside, field, at most): "at most" is of the quotient.
 MUST = (
     (RECOMMENDER, "cross_entropy", "cce_exact", "extra_peak_mib", 1.0),
@@ -36,30 +40,38 @@ MUST = (
 )
 
 
-def run(*words: str) -> str:
-    """Run a command of this interpreter and return what it printed; it may fail."""
+def run(*words: str) -> tuple[int, str]:
+    """Run a command of this interpreter; return its exit status, and what it printed."""
     print("python", " ".join(words), flush=True)
     done = subprocess.run(
         [sys.executable, *words], cwd=HERE.parents[1], stdout=subprocess.PIPE, text=True
     )
     print(done.stdout, flush=True)
-    return done.stdout
+    return done.returncode, done.stdout
 
 
-def script(name: str, *words: str) -> str:
-    return run(str(HERE / name), *words, "--device", "cuda")
+def script(name: str, *words: str) -> str | None:
+    """Run a script of this folder on the GPU; return what failed, if it did."""
+    status, _ = run(str(HERE / name), *words, "--device", "cuda")
+    return f"{name} ended with {status}" if status else None
+
+
+def path_of(shape: tuple[int, int, int]) -> Path:
+    return RESULTS / "losses_{}_{}_{}_cuda_bfloat16.json".format(*shape)
 
 
 def row_of(shape: tuple[int, int, int]) -> dict[str, Any]:
-    name = "losses_{}_{}_{}_cuda_bfloat16.json".format(*shape)
-    return json.loads((RESULTS / name).read_text())["losses"]
+    path = path_of(shape)
+    return json.loads(path.read_text())["losses"] if path.exists() else {}
 
 
 def verdicts() -> list[dict[str, Any]]:
     """Return, for each thing that must hold, the quotient and whether it holds."""
     found = []
     for shape, name, beside, field, at_most in MUST:
-        measured, other = row_of(shape)[name], row_of(shape)[beside]
+        measured, other = (
+            row_of(shape).get(which, {"not_run": "no results"}) for which in (name, beside)
+        )
         claim = {"shape": shape, "loss": name, "beside": beside, "field": field, "must": at_most}
         reasons = [row["not_run"] for row in (measured, other) if "not_run" in row]
         if reasons:
@@ -91,23 +103,37 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here: nothing was measured")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}; see the head of this file")
+    failed = []
     for shape in (RECOMMENDER, LANGUAGE_MODEL):
+        path_of(shape).unlink(missing_ok=True)  # what is left of another time is no result
         sizes = zip(("--tokens", "--classes", "--width"), map(str, shape), strict=True)
         words = [word for pair in sizes for word in pair]
-        script("losses.py", *words, "--repeats", args.repeats)
-    tests = run("-m", "pytest", "-m", "gpu", "-q", "--timeout", "900")
-    record = {
-        **environment("cuda"),
-        "must": verdicts(),
-        "tests": plain(tests.strip().splitlines()[-1]),
-    }
-    (RESULTS / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        failed.append(script("losses.py", *words, "--repeats", args.repeats))
+    record = {**environment("cuda"), "must": verdicts(), "tests": "not run"}
+    write(record)
+    status, printed = run("-m", "pytest", "-n0", "-m", "gpu", "-q", "--timeout", "3600")
+    failed.append(f"pytest ended with {status}" if status else None)
+    record["tests"] = plain((printed.strip().splitlines() or ["printed nothing"])[-1])
+    write(record)
     if not args.quick:
         limits = ("--repeats", args.repeats, "--timeout", args.timeout)
-        script("losses.py", "--grid", "recommender", "language_model", *limits)
+        failed.append(script("losses.py", "--grid", "recommender", "language_model", *limits))
         models = ("qwen3_0.6b", "small_qwen3")
-        script("llm.py", "--models", *models, "--batch", "8", "--length", "2048")
+        failed.append(script("llm.py", "--models", *models, "--batch", "8", "--length", "2048"))
+    run(str(HERE / "plot.py"))
     show(record["must"])
+    failed += [
+        "something that must hold does not" for one in record["must"] if not one.get("holds")
+    ]
+    if any(failed):
+        sys.exit("\n".join(dict.fromkeys(reason for reason in failed if reason)))
+
+
+def write(record: dict[str, Any]) -> None:
+    (RESULTS / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python recipes/benchmarks/plot.py
 
 losses.png: a shape of losses.py. losses_grid.png: memory and time over the grid. training.png:
-SASRec beside RecTools. llm.png: steps of language models. What was not measured is left as it is;
-a contender that did not run is named with its reason.
+SASRec beside RecTools. llm_MODEL.png: steps of a language model. What was not measured is left as
+it is; a contender that did not run is named with its reason.
 """
 
 import json
@@ -81,8 +81,16 @@ def draw_losses() -> None:
 
 
 def draw_grid() -> None:
+    """Draw memory and time over the grid, a figure for each kind of device."""
     lines = (RESULTS / "losses_grid.jsonl").read_text().splitlines()
     records = sorted((json.loads(line) for line in lines), key=_logits)
+    for device in {record["shape"]["device"] for record in records}:
+        suffix = "" if device == "cpu" else f"_{device}"
+        of_device = [record for record in records if record["shape"]["device"] == device]
+        _draw_grid(of_device, RESULTS / f"losses_grid{suffix}.png")
+
+
+def _draw_grid(records: list[dict[str, Any]], path: Path) -> None:
     names = {
         name for record in records for name, row in record["losses"].items() if "seconds" in row
     }
@@ -101,7 +109,7 @@ def draw_grid() -> None:
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Loss + backward over the grid: where a line ends, it did not run", fontsize=10)
     figure.tight_layout()
-    figure.savefig(RESULTS / "losses_grid.png", dpi=140)
+    figure.savefig(path, dpi=140)
 
 
 def _logits(record: dict[str, Any]) -> int:

@@ -4,10 +4,11 @@
     python recipes/benchmarks/products.py --tokens 25600 --classes 1000000 --losses rece
 
 A loss that scores P (token, class) pairs makes four products of them: logits, the same again in
-backward, and two gradients, 8 P D operations. They are given three yardsticks, all of torch.matmul
-into memory that is there: "plain", hidden states by a matrix of D rows, four times P / N columns;
-"batched", as many for each bucket at once (RECE); "square", matrices of 1,024, the best that the
-machine does. Loss and yardsticks take turns; least times count.
+backward, and two gradients, 8 P D operations. They are given four yardsticks: "plain", hidden
+states by a matrix of D rows, four times P / N columns, by torch.matmul into memory that is there;
+"batched", as many for each bucket at once (RECE); "square", matrices of 1,024 by torch.matmul; and
+"onednn", the same by oneDNN, on some processors twice as fast. Loss and yardsticks take turns;
+least times count.
 Writes results/products_N_C_D.json.
 """
 
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from hf_rece.losses import build_loss
 from hf_rece.losses.planning import LossPlan, plan_losses
+from hf_rece.ops.products import product
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 1 << 13  # of a plain product at once: its output stays below the memory of a machine
@@ -83,7 +85,11 @@ def measure(plan: LossPlan, args: argparse.Namespace) -> Row:
         for name, turn in turns.items():
             times[name].append(timed(turn))
     seconds = {name: min(each[1:]) for name, each in times.items()}
-    seconds["square"] = 8.0 * n_pairs * width / flops_per_second("cpu", torch.float32)
+    operations = 8.0 * n_pairs * width
+    seconds["square"] = operations / flops_per_second("cpu", torch.float32)
+    square = torch.randn(1024, 1024)
+    best = min(timed(lambda: product(square, square)) for _ in range(args.repeats))
+    seconds["onednn"] = operations * best / (2 * 1024**3)
     over = {f"over_{name}": seconds["loss"] / each for name, each in seconds.items()}
     del over["over_loss"]
     return {"pairs": n_pairs, "seconds": seconds, **{k: round(v, 2) for k, v in over.items()}}
@@ -99,10 +105,20 @@ def main() -> None:
     plans = plan_losses(*shape.values(), losses=args.losses)
     rows = {plan.loss: measure(plan, args) for plan in plans if plan.loss in args.losses}
     table = Table(title=f"Loss + backward over products of its pairs, {shape}")
-    for column in ("loss", "million pairs", "seconds", "/ plain", "/ batched", "/ square"):
+    for column in (
+        "loss",
+        "million pairs",
+        "seconds",
+        "/ plain",
+        "/ batched",
+        "/ square",
+        "/ onednn",
+    ):
         table.add_column(column, justify="left" if column == "loss" else "right")
     for name, row in rows.items():
-        ratios = [str(row.get(f"over_{kind}", "")) for kind in ("plain", "batched", "square")]
+        ratios = [
+            str(row.get(f"over_{kind}", "")) for kind in ("plain", "batched", "square", "onednn")
+        ]
         seconds = f"{row['seconds']['loss']:.4f}"
         table.add_row(name, f"{row['pairs'] / 1e6:,.1f}", seconds, *ratios)
     Console(width=100).print(table)

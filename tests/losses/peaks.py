@@ -26,9 +26,10 @@ def resident_mib(field):
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def inputs(n_tokens, n_classes, width):
-    hidden = torch.randn(n_tokens, width).requires_grad_()
-    weight = torch.randn(n_classes, width).mul_(0.1).requires_grad_()
+def inputs(n_tokens, n_classes, width, dtype="float32"):
+    dtype = getattr(torch, dtype)
+    hidden = torch.randn(n_tokens, width).to(dtype).requires_grad_()
+    weight = torch.randn(n_classes, width).mul_(0.1).to(dtype).requires_grad_()
     for tensor in (hidden, weight):
         tensor.grad = torch.ones_like(tensor).zero_()  # ones first: zeros alone are not touched
     return hidden, weight, torch.randint(n_classes, (n_tokens,))
@@ -43,11 +44,11 @@ def run(name, knobs, tensors):
     loss.backward()
 
 
-def measure(name, knobs, n_tokens, n_classes, width):
+def measure(name, knobs, n_tokens, n_classes, width, dtype="float32"):
     torch.manual_seed(0)
     few = {key: value for key, value in knobs.items() if key != "memory_budget"}
-    run(name, few, inputs(64, 512, width))
-    tensors = inputs(n_tokens, n_classes, width)
+    run(name, few, inputs(64, 512, width, dtype))
+    tensors = inputs(n_tokens, n_classes, width, dtype)
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run(name, knobs, tensors)

@@ -2,7 +2,8 @@
 
     pytest -n 0 tests/ops/speed.py
 
-Bounds are several times what a quiet machine shows; both sides are least times, taken in turn.
+Bounds are several times what a quiet machine shows, lower where C++ kernels serve; both sides are
+least times, taken in turn.
 test_speed.py runs this file in a process of its own: pytest-benchmark measures in no other.
 """
 
@@ -13,6 +14,7 @@ import torch
 
 from hf_rece.losses import build_loss
 from hf_rece.losses.rece import RECEConfig, n_buckets_for
+from hf_rece.ops import native
 
 N, C, D = 1024, 20_000, 64
 
@@ -39,10 +41,12 @@ def seconds(step):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "at_most"), [("cross_entropy", 10), ("rece", 40), ("stratified", 80)]
-)
-def test_a_loss_takes_a_few_times_a_plain_product(benchmark, loss_type, at_most):
+# With C++ kernels, and with torch alone.
+AT_MOST = {"cross_entropy": (3, 10), "rece": (10, 40), "stratified": (30, 80)}
+
+
+@pytest.mark.parametrize("loss_type", AT_MOST)
+def test_a_loss_takes_a_few_times_a_plain_product(benchmark, loss_type):
     hidden, weight, labels = tensors()
     loss = build_loss(loss_type)
     # Forward, its repetition and two gradients: four products of the pairs by D.
@@ -59,4 +63,4 @@ def test_a_loss_takes_a_few_times_a_plain_product(benchmark, loss_type, at_most)
     )
     ratio = benchmark.stats.stats.min / min(products[1:])
     benchmark.extra_info["over_product"] = round(ratio, 2)
-    assert ratio < at_most
+    assert ratio < AT_MOST[loss_type][native.library() is None]
