@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_rece.errors import DataError
 from hf_rece.files import write_text
 
 README = "README.md"
@@ -108,6 +109,9 @@ def write_card(folder: str | Path, card: Card) -> bool:
 
     Returns:
         Whether the card was written; if not, a warning says so.
+
+    Raises:
+        DataError: if there is a README.md that is not UTF-8.
     """
     path = Path(folder) / README
     data = ModelCardData(
@@ -118,7 +122,7 @@ def write_card(folder: str | Path, card: Card) -> bool:
         **card.metadata,
     )
     if path.exists():
-        before = path.read_text("utf-8")
+        before = read_card(path)
         if not is_generated(before):
             warnings.warn(
                 f"{README} in {Path(folder).name} was written or edited by hand and stays as it "
@@ -129,6 +133,18 @@ def write_card(folder: str | Path, card: Card) -> bool:
         _keep_metadata(ModelCard(before, ignore_metadata_errors=True).data.to_dict(), data)
     write_text(path, f"---\n{data.to_yaml()}\n---\n\n{card.text()}")
     return True
+
+
+def read_card(path: Path) -> str:
+    """Return a README.md as text.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(path.name, "not UTF-8", "Save it as UTF-8, or remove it") from error
 
 
 def is_generated(readme: str) -> bool:

@@ -18,6 +18,7 @@ from hf_rece import (
     leave_one_out_split,
 )
 from hf_rece.card import PAPERS, Card, citations, is_generated, write_card
+from hf_rece.errors import DataError
 
 RESULT = EvalResult(
     task_type="t", dataset_type="d", dataset_name="d", metric_type="m", metric_value=0.5
@@ -219,3 +220,18 @@ def test_a_path_of_the_backbone_is_not_saved(tmp_path):
     backbone = SASRecConfig.from_pretrained(tmp_path / "backbone")
     RecommenderConfig(backbone=backbone, vocab_size=9).save_pretrained(tmp_path / "model")
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_a_readme_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"README\.md: not UTF-8"):
+        write_card(tmp_path, card())
+    assert (tmp_path / "README.md").read_bytes() == b"\xff"
+
+
+@pytest.mark.parametrize("run", [{"metrics": "x"}, {"seconds": 3}, {"metrics": {"test": [1]}}])
+def test_a_record_of_another_form_is_named(run, tmp_path):
+    model = RecommenderModel(RecommenderConfig(vocab_size=12, training_run=run))
+    with pytest.raises(DataError, match="training_run: damaged, or written by hand"):
+        model.save_pretrained(tmp_path)
+    assert RecommenderModel.from_pretrained(tmp_path).config.training_run == run

@@ -258,7 +258,7 @@ class ItemTokenizer(PythonBackend):
 def _read_items(path: str | Path) -> list[Item]:
     try:
         items = json.loads(Path(path).read_text("utf-8"))
-    except ValueError:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError):  # not UTF-8, or not JSON
         items = None
     if not isinstance(items, list):
         raise DataError(

@@ -149,7 +149,7 @@ def problem_of_shards(folder: Path) -> str | None:
 def _problem_of_index(index: Path) -> str | None:
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{index.name} is damaged"
     # Symbolic links are fine: so the cache of the Hub stores files.
     astray = sorted(str(name) for name in names if Path(str(name)).name != name)
@@ -227,6 +227,10 @@ def clear_loading_errors(source: str, hub: Mapping[str, Any]) -> Iterator[None]:
     except ImportError as error:
         raise ArgumentError(
             SOURCE, source, f"it needs what is not installed ({reason_of(error)})", "Install it"
+        ) from error
+    except RecursionError as error:
+        raise DataError(
+            source, "one of its JSON files is nested too deep", "Do not use it"
         ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error) and "CONVERSION" not in str(error):

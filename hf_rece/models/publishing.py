@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from hf_rece.card import README, is_generated, write_card
+from hf_rece.card import README, is_generated, read_card, write_card
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.errors import ArgumentError, HubError
 from hf_rece.files import complete_files, finish_files, make_folder, write_text
@@ -272,15 +272,18 @@ def fetch_card(
         folder: where to put it.
         token: of a user who may read it.
         revision: branch.
+
+    Raises:
+        DataError: if one of them is not UTF-8.
     """
     here = Path(folder) / README
-    if here.exists() and not is_generated(here.read_text("utf-8")):
+    if here.exists() and not is_generated(read_card(here)):
         return
     try:
         there = hf_hub_download(repo_id, README, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return
-    write_text(here, Path(there).read_text("utf-8"))
+    write_text(here, read_card(Path(there)))
 
 
 @contextmanager

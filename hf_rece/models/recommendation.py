@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_rece.data.interactions import ITEM, USER
 from hf_rece.data.item_tokenizer import Item, ItemTokenizer
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 
 
 @dataclass
@@ -63,12 +63,18 @@ def known_histories(
 
     Raises:
         ArgumentError: if histories is one history rather than a list of them.
+        DataError: if they hold what is no item id.
     """
     if isinstance(histories, str) or any(isinstance(history, (str, int)) for history in histories):
         raise ArgumentError(
             "histories", histories, "one history, not a list of them", "Pass [history]"
         )
-    known = [tokenizer.known_items(history) for history in histories]
+    try:
+        known = [tokenizer.known_items(history) for history in histories]
+    except TypeError as error:
+        raise DataError(
+            "histories", f"not lists of item ids ({error})", "Pass lists of integers or strings"
+        ) from error
     unknown = {
         item
         for history, kept in zip(histories, known, strict=True)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult
 
 from hf_rece.card import Card, citations, loss_text, metrics_table
 from hf_rece.data.item_tokenizer import Item
+from hf_rece.errors import DataError, HfReceError
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
 
@@ -28,7 +29,23 @@ def recommender_card(
         repo_id: Hub id, or name of the folder that the model is saved in.
         items: the user's own ids of the items, for an example; none if not known.
         tags: more tags.
+
+    Raises:
+        DataError: for a training_run of another form than trainers write.
     """
+    try:
+        return _card(config, repo_id, items, tags)
+    except HfReceError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DataError(
+            "training_run", f"damaged, or written by hand ({error})", "Set it to None"
+        ) from error
+
+
+def _card(
+    config: RecommenderConfig, repo_id: str, items: Sequence[Item], tags: Sequence[str]
+) -> Card:
     run = config.training_run or {}
     metadata = {"datasets": [run["dataset"]]} if run.get("dataset") else {}
     sections = {

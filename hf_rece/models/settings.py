@@ -17,7 +17,8 @@ from hf_rece.errors import ArgumentError, HfReceError
 
 # What transformers raises over settings of the wrong type or value, wherever it first needs them.
 FOREIGN = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError,
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 # Anything else may name a repository of kernels, whose code transformers would fetch and run.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_rece.ops import native
 from hf_rece.ops.products import product, without_autocast
 from hf_rece.ops.rows import DenseRows, OutputRows, accumulation_dtype
-from hf_rece.ops.shards import ShardedRows
+from hf_rece.ops.shards import VocabShards
 from hf_rece.ops.smaller_tiles import with_smaller_tiles
 
 _LANE = 32
@@ -49,10 +49,67 @@ class Chunks:
 
     def numbers(self) -> Tensor:
         """Return (K + 1,), the chunk of each vector; the last entry, for padding, is 0."""
-        # int16 halves the traffic of the (n, m) comparisons that decide about duplicates.
-        dtype = torch.int16 if self.n_chunks < 2**15 else torch.int32
-        numbers = self.positions().div_(self.size, rounding_mode="floor").to(dtype)
-        return torch.cat([numbers, numbers.new_zeros(1)])
+        numbers = self.positions().div_(self.size, rounding_mode="floor")
+        return torch.cat([numbers, numbers.new_zeros(1)]).to(_narrow(self.n_chunks))
+
+    def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chunk (K,) of vectors (K,), and their places (K,) in its row of the table."""
+        positions = self.positions()[ids].long()
+        return positions // self.size, positions % self.size
+
+
+@dataclass(frozen=True)
+class ShardOfChunks:
+    """This process's part of chunks of classes that are cut over processes.
+
+    As Chunks, but a chunk's row of the table has this process's classes alone, numbered as in its
+    shard.
+
+    Args:
+        order: (K,) int32, class ids sorted by bucket.
+        chunks: (K,) int64 ascending, the chunk that each of `order` is in.
+        n_chunks: number of chunks.
+    """
+
+    order: Tensor
+    chunks: Tensor
+    n_chunks: int
+
+    def table(self, padding: int) -> Tensor:
+        """Return (n_chunks, m) int32, the ids of each chunk, filled up with `padding`."""
+        longest = int(torch.bincount(self.chunks).max())
+        table = self.order.new_full((self.n_chunks, longest), padding)
+        table[self.chunks, self._columns()] = self.order
+        return table
+
+    def numbers(self) -> Tensor:
+        """Return (K + 1,), the chunk of each class; the last entry, for padding, is 0."""
+        numbers = torch.zeros(
+            len(self.order) + 1, dtype=_narrow(self.n_chunks), device=self.order.device
+        )
+        numbers[self.order.long()] = self.chunks.to(numbers.dtype)
+        return numbers
+
+    def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chunk (K,) of classes (K,), and their places (K,) in its row of the table."""
+        where = torch.empty_like(self.chunks)
+        where[self.order.long()] = torch.arange(len(where), device=where.device)
+        return self.chunks[where[ids]], self._columns()[where[ids]]
+
+    def _columns(self) -> Tensor:
+        sizes = torch.bincount(self.chunks, minlength=self.n_chunks)
+        return _counted_up(self.chunks, sizes)
+
+
+def _narrow(n_chunks: int) -> torch.dtype:
+    # int16 halves the traffic of the (n, m) comparisons that decide about duplicates.
+    return torch.int16 if n_chunks < 2**15 else torch.int32
+
+
+def _counted_up(sorted_ids: Tensor, sizes: Tensor) -> Tensor:
+    """Return (K,) 0, 1, 2, ... for each run of equal ids (K,), which are as long as sizes says."""
+    first = sizes.cumsum(0) - sizes
+    return torch.arange(len(sorted_ids), device=sorted_ids.device) - first[sorted_ids]
 
 
 @dataclass
@@ -119,12 +176,7 @@ def buckets(
         directions: (B, D); a vector's bucket is argmax over b of <directions[b], vector>.
         tile_bytes: bytes of one tile of inner products.
         operands: dtype that vectors and directions are rounded to; None for that of the directions.
-
-    Each process hashes its own shard of ShardedRows, and is told the buckets of the others.
     """
-    if isinstance(vectors, ShardedRows):
-        own = buckets(vectors.local, directions, tile_bytes, operands=operands)
-        return vectors.shards.join(own, vectors.shards.sizes)
     n_buckets = len(directions)
     dtype = torch.int16 if n_buckets < 2**15 else torch.int32
     if type(vectors) is DenseRows and native.serves(vectors.weight, directions):
@@ -162,3 +214,28 @@ def sort_into_chunks(bucket_of: Tensor, n_chunks: int) -> Chunks:
     """Sort vectors by bucket, ties in their given order, and cut the order into chunks."""
     order = torch.sort(bucket_of, stable=True).indices.to(torch.int32)
     return Chunks(order, max(1, -(-len(order) // n_chunks)), n_chunks)
+
+
+def sort_shard_into_chunks(
+    bucket_of: Tensor, n_buckets: int, n_chunks: int, shards: VocabShards
+) -> ShardOfChunks:
+    """Sort all processes' classes as sort_into_chunks does; return this one's part. Collective.
+
+    A class comes after all those of smaller buckets, and those of its own bucket before it: to know
+    how many these are, processes tell each other how many they have in each bucket.
+
+    Args:
+        bucket_of: (n_local,) buckets of this process's classes.
+        n_buckets: number of buckets.
+        n_chunks: number of chunks.
+        shards: how the classes are cut.
+    """
+    order = torch.sort(bucket_of, stable=True).indices
+    ascending = bucket_of[order].long()
+    own = torch.bincount(ascending, minlength=n_buckets)
+    of_all = shards.join(own.unsqueeze(0), [1] * shards.world_size)
+    sizes = of_all.sum(0)
+    before = sizes.cumsum(0) - sizes + of_all[: shards.rank].sum(0)
+    position = before[ascending] + _counted_up(ascending, own)
+    size = max(1, -(-shards.n_classes // n_chunks))
+    return ShardOfChunks(order.to(torch.int32), position // size, n_chunks)

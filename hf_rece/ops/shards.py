@@ -285,7 +285,8 @@ class ShardedRows:
     """Output rows of which each process holds a shard; reading and adding are collective.
 
     The losses read none of these rows: each process scores the tokens of all against its own shard,
-    see hf_rece.ops.vocab_parallel. `rows` and `add_grad` serve the input lookup.
+    see hf_rece.ops.vocab_parallel. `rows` and `add_grad` serve the input lookup. Where several
+    groups hold all classes each, gradients are means over a group, for average_over_data to join.
 
     Args:
         local: this process's rows, classes `shards.first` to `shards.stop`.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_rece.ops.gradients import Labels, Wanted, gradients_of
 from hf_rece.ops.labels import label_logits
-from hf_rece.ops.plan import EarlierRound, Grid, Plan
+from hf_rece.ops.plan import Grid, Plan
 from hf_rece.ops.products import autocast_dtype, without_autocast
 from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.stream import Backend, Kernel, choose_kernel, walked
@@ -33,15 +33,17 @@ def local_plan(plan: Plan, shards: VocabShards) -> Plan:
     """Return the part of a plan that scores this process's classes, numbered as in its shard.
 
     Groups and tokens stay as they are; a group may be left with no class. The parts of all
-    processes together are the plan.
+    processes together are the plan. RECE's is made as such a part, and stays as it is.
 
     Args:
-        plan: over all C classes, the same in every process.
+        plan: over all C classes, the same in every process; or local already.
         shards: how the classes are cut.
 
     Memory:
         O(pairs of the plan's group and class that are local) integers.
     """
+    if plan.n_classes == shards.n_local:
+        return plan
     grids = tuple(_local_grid(grid, shards) for grid in plan.grids)
     return replace(plan, grids=grids, n_classes=shards.n_local)
 
@@ -76,14 +78,8 @@ def _local_grid(grid: Grid, shards: VocabShards) -> Grid:
         classes=kept(grid.classes, shards.stop) - shards.first,
         skip=skip,
         own_labels=None if own is None else shards.localise(own, -1),
-        earlier=tuple(_local_round(chunks, shards) for chunks in grid.earlier),
         class_log_weight=None if weight is None else kept(weight, 0.0),
     )
-
-
-def _local_round(chunks: EarlierRound, shards: VocabShards) -> EarlierRound:
-    local = chunks.class_chunks[shards.first : shards.stop]
-    return replace(chunks, class_chunks=torch.cat([local, local.new_zeros(1)]))
 
 
 # ------------------------------------------------------------------------------------------ stream
@@ -112,7 +108,8 @@ def sharded_stream(
         hidden: (N, D), the tokens of all processes.
         rows: C output rows of width D.
         labels: (N,) int64 in [0, C).
-        plan: the pairs of all N tokens and C classes, the same in every process.
+        plan: the pairs of all N tokens and C classes, the same in every process, or of this
+            process's classes.
         bias: of this process's classes, or None.
         logit_scale: multiplies every logit.
         logit_softcap: caps a logit at c tanh(logit / c), after the scale.

@@ -21,7 +21,8 @@ class ProcessDraws(Trainer):
     classes. So the random losses of several processes are estimates of what one would have
     estimated, and not the same numbers.
 
-    Processes that share a vocabulary make one plan together, and one process draws as ever.
+    Processes that share a vocabulary make one plan together, each group of them its own, and one
+    process draws as ever.
     """
 
     _drawn = (-1, 0)  # step, and micro-batches of it
@@ -33,7 +34,8 @@ class ProcessDraws(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Make forward and backward of a micro-batch."""
-        if self.args.world_size == 1 or getattr(self, "vocab_shards", None) is not None:
+        shards = getattr(self, "vocab_shards", None)
+        if self.args.world_size == 1 or (shards is not None and shards.data_size == 1):
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
         step, before = self.state.global_step, self._drawn

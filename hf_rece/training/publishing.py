@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_rece.card import README, Card, is_generated, write_card
+from hf_rece.card import README, Card, is_generated, read_card, write_card
 from hf_rece.files import write_text
 from hf_rece.head import find_head
 from hf_rece.models.publishing import clear_upload_errors, fetch_card
@@ -36,7 +36,7 @@ class LanguageModelFacts:
 def readme_of_somebody(folder: str | Path) -> str | None:
     """Return the README.md in a folder, if somebody wrote or edited it."""
     path = Path(folder) / README
-    text = path.read_text("utf-8") if path.exists() else None
+    text = read_card(path) if path.exists() else None
     return None if text is None or is_generated(text) else text
 
 

@@ -185,7 +185,9 @@ def _settings(
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float)) else json.dumps(value, sort_keys=True)
+    fits = not isinstance(value, int) or abs(value) < 2**63  # what a table can hold
+    plain = isinstance(value, (str, int, float)) and fits
+    return value if plain else json.dumps(value, sort_keys=True)
 
 
 def _evaluated_on(facts: Mapping[str, Any]) -> str | None:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_rece.errors import ArgumentError
 from hf_rece.head import find_head
+from hf_rece.ops.messages import take_from_first
 from hf_rece.ops.shards import shard_classes
 from hf_rece.training.row_adam import RowAdamW, clip_gradients
 
@@ -72,7 +73,7 @@ class SparseGradients(Trainer):
         model = cast("Any", self.model)
         own = sparse_parameters(model)
         for parameter in own.values():
-            distributed.broadcast(parameter.data, 0)
+            take_from_first(parameter.data, None)
         left = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
         model._ddp_params_and_buffers_to_ignore = sorted(left.union(own))
 

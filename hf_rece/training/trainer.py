@@ -313,7 +313,8 @@ def _item_counts(train: Dataset | SequenceStream, n_items: int) -> NDArray[np.in
 def _check_size(checkpoint: str, model: Any) -> None:
     """Raise ArgumentError if the checkpoint is of a catalogue of another size."""
     path = Path(checkpoint) / "config.json"
-    saved = json.loads(path.read_text("utf-8")).get("vocab_size") if path.exists() else None
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    saved = config.get("vocab_size") if isinstance(config, dict) else None
     own = getattr(getattr(model, "config", None), "vocab_size", None)
     if None not in (saved, own) and saved != own:
         raise ArgumentError(

@@ -31,6 +31,24 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def training_row(epochs: list[float], steps: list[float], before: float) -> Row:
+    """Return what a training took: called when it ends, for its peak is that of the process.
+
+    Args:
+        epochs: seconds of each epoch.
+        steps: seconds of each step.
+        before: MiB that were resident before the first.
+    """
+    return {
+        "epoch_seconds": [round(seconds, 3) for seconds in epochs],
+        "seconds_per_epoch": round(median(epochs), 3),
+        "seconds_per_step": round(median(steps), 5),
+        "steps": len(steps),
+        "peak_mib": round(resident_mib("VmHWM"), 1),
+        "before_training_mib": round(before, 1),
+    }
+
+
 def timed(step: Callable[[], torch.Tensor]) -> float:
     """Return the seconds of one step, until the GPU is done with it."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None

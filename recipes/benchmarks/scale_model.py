@@ -8,7 +8,7 @@ this machine's processor are fitted to steps that were measured here; those of G
 what their data sheets promise. ASSUMPTIONS says what is left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ ASSUMPTIONS = (
     "that each process touched go to all)",
     "fsdp: the table is one unit, gathered whole in forward and in backward",
     "vocab_parallel: classes are cut over all processes, whose tokens all meet all classes; every "
-    "process keeps all their states and plans for all, with all classes in the plan, as in "
+    "process keeps all their states and plans for all, with stratified for all classes too, as in "
     "hf_rece.ops.vocab_parallel; dense tables only",
     "vocab_parallel_8, _64: groups of as many neighbours hold all classes each, and average the "
     "gradients of their rows over the groups once a step, as with vocab_parallel_size; within 8, "
@@ -231,7 +231,7 @@ def cost_of(case: Case) -> Cost:
         "lookups": (streamed + gathered) * case.lookups,
     }
     best = _best_bytes(case, choice)
-    sent, messages = _messages(case, touched, best)
+    sent, messages = _messages(case, choice, touched, best)
     if case.loss == "sce" and case.is_cut:
         # Groups are compared by two values for each of their tokens.
         sent += 4 * FLOAT * choice.n_buckets * choice.bucket_size_x
@@ -257,6 +257,10 @@ def _estimate(case: Case) -> tuple[Any, Estimate]:
         return None, dense_estimate(shape)
     entry: Any = LOSSES[case.loss]  # type: ignore[index]
     choice = entry.choose(entry.config(), shape)
+    if case.loss == "rece" and case.is_cut:
+        # The plan is of the own classes, and so are its bytes; operations are shared out later.
+        own = entry.choose(choice.config, replace(shape, n_classes=-(-case.items // case.group)))
+        return choice.config, replace(own.estimate, flops=choice.estimate.flops)
     return choice.config, choice.estimate
 
 
@@ -323,7 +327,7 @@ def _memory(
     return {name: value for name, value in memory.items() if value}
 
 
-def _messages(case: Case, touched: float, best: float) -> tuple[float, int]:
+def _messages(case: Case, knobs: Any, touched: float, best: float) -> tuple[float, int]:
     """Return the bytes that a process sends in a step, and in how many collectives."""
     ranks, row = case.ranks, case.width * FLOAT
     if ranks == 1:
@@ -340,7 +344,7 @@ def _messages(case: Case, touched: float, best: float) -> tuple[float, int]:
     sent = ring * case.scored * (2 * row + 8) + 2 * ring * case.tokens * (row + 8)
     sent += 2 * 5 * ring * case.scored * FLOAT  # three values a token forward, two backward
     if case.loss == "rece":
-        sent += 2 * ring * case.items * 2  # the buckets of all classes, two bytes in each round
+        sent += knobs.n_rounds * (case.group - 1) * knobs.n_buckets * 8  # sizes of the buckets
     return sent + ring * best, 12
 
 

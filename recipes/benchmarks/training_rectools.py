@@ -3,7 +3,7 @@
     python recipes/benchmarks/training_rectools.py FOLDER --epochs 10 ...  # as training.py calls it
 
 RecTools wants numpy < 2 (below Python 3.13) and pandas < 3, hf_rece numpy 2, so it lives in an
-environment of its own. Adam with betas .9 and .98, and the padding of every sequence to
+environment of its own, with torch. Adam with betas .9 and .98, and the padding of every sequence to
 `max_length`, are RecTools' own.
 """
 
@@ -18,28 +18,36 @@ import pandas as pd
 import pytorch_lightning
 import rectools
 import torch
+from measuring import resident_mib, training_row
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 
-class EpochSeconds(pytorch_lightning.Callback):
-    """Keeps the seconds of every epoch; of the class, since RecTools copies its trainer."""
+class Seconds(pytorch_lightning.Callback):
+    """Keeps the seconds of every epoch, and of every step once its batch is there.
 
-    seconds: ClassVar[list[float]] = []
+    Of the class, since RecTools copies its trainer.
+    """
+
+    epochs: ClassVar[list[float]] = []
+    steps: ClassVar[list[float]] = []
 
     def on_train_epoch_start(self, *_):
-        """Start the clock."""
-        self.start = time.perf_counter()
+        """Start the clock of an epoch."""
+        self.epoch_start = time.perf_counter()
 
     def on_train_epoch_end(self, *_):
-        """Stop the clock."""
-        self.seconds.append(time.perf_counter() - self.start)
+        """Stop the clock of an epoch."""
+        self.epochs.append(time.perf_counter() - self.epoch_start)
 
+    def on_train_batch_start(self, *_):
+        """Start the clock of a step."""
+        self.step_start = time.perf_counter()
 
-def resident_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+    def on_train_batch_end(self, *_):
+        """Stop the clock of a step."""
+        self.steps.append(time.perf_counter() - self.step_start)
 
 
 def dataset(users: np.ndarray, items: np.ndarray) -> Dataset:
@@ -72,7 +80,7 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            callbacks=[EpochSeconds()],
+            callbacks=[Seconds()],
         )
 
     model = SASRecModel(
@@ -89,7 +97,7 @@ def main() -> None:
     train = dataset(split["train_users"], split["train_items"])
     before = resident_mib("VmRSS")
     model.fit(train)
-    peak = resident_mib("VmHWM")
+    row = training_row(Seconds.epochs, Seconds.steps, before)
     # What a list can't hold is not scored: users without a known item get no recommendation.
     recommended = model.recommend(
         users=np.unique(split["test_users"]),
@@ -102,17 +110,11 @@ def main() -> None:
         args.folder / "recommended.npz",
         **{name: recommended[name].to_numpy() for name in (Columns.User, Columns.Item)},
     )
-    versions = {
+    row["parameters"] = sum(p.numel() for p in model.torch_model.parameters())
+    row["versions"] = {
         "rectools": rectools.__version__,
         "pytorch_lightning": pytorch_lightning.__version__,
         "torch": torch.__version__,
-    }
-    row = {
-        "epoch_seconds": [round(seconds, 3) for seconds in EpochSeconds.seconds],
-        "peak_mib": round(peak, 1),
-        "before_training_mib": round(before, 1),
-        "parameters": sum(p.numel() for p in model.torch_model.parameters()),
-        "versions": versions,
     }
     print(json.dumps(row))
 

@@ -123,3 +123,9 @@ def test_no_recommendations_are_an_empty_table():
 def test_recommendations_need_a_user_for_each_answer():
     with pytest.raises(ArgumentError, match="users='2 users': there are 1 answers"):
         recommendations_frame(["a", "b"], [[]])
+
+
+@pytest.mark.parametrize("histories", [[[["item 1"]]], [[{"item": 1}]], [None]])
+def test_histories_of_what_is_no_item_are_named(histories):
+    with pytest.raises(DataError, match="histories: not lists of item ids"):
+        make().recommend(histories)

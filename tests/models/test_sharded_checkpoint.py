@@ -1,10 +1,13 @@
 """Files of safetensors with whole tensors, written and read by rows."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_rece.errors import DataError
+from hf_rece.errors import DataError, WriteError
 from hf_rece.models import sharded_checkpoint
 from hf_rece.models.sharded_checkpoint import ConsolidatedReader, write_consolidated
 from hf_rece.ops.shards import VocabShards, shard_classes
@@ -61,3 +64,17 @@ def test_rows_are_read_alone(tmp_path, monkeypatch):
             reader.read_into(one, "other")
         with pytest.raises(DataError, match=r"table has shape \[11, 3\].*wants \[12, 3\]"):
             reader.read_into(torch.empty(6, 3), "table", VocabShards(12, 0, 2))
+
+
+def test_a_full_disk_leaves_the_file_that_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_text("before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"model\.safetensors: not written \(No space left"):
+        write_consolidated(path, tensors()[0], {}, VocabShards(11, 0, 1))
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -1,5 +1,8 @@
 """Messages arrive, whatever their type and wherever they lie."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed
@@ -68,3 +71,26 @@ def test_a_group_sends_from_where_its_backend_can(backends, lies_on, wanted, mon
     monkeypatch.setattr(distributed, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     assert messages.device_for(object(), torch.device(lies_on)) == torch.device(wanted)
+
+
+def test_no_other_file_sends():
+    names = {
+        "all_reduce",
+        "all_gather",
+        "all_to_all_single",
+        "broadcast",
+        "send",
+        "recv",
+        "barrier",
+    }
+    package = Path(messages.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        sending = {
+            call.attr
+            for call in calls
+            if isinstance(call, ast.Attribute)
+            and ast.unparse(call.value).endswith("distributed")
+            and call.attr in names
+        }
+        assert bool(sending) == (path.name == "messages.py"), path

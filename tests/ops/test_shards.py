@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hf_rece.errors import ArgumentError
+from hf_rece.ops import topk
 from hf_rece.ops.lookup import lookup
-from hf_rece.ops.lsh import buckets
-from hf_rece.ops.rows import DenseRows, as_output_rows
+from hf_rece.ops.lsh import buckets, sort_into_chunks, sort_shard_into_chunks
+from hf_rece.ops.rows import DenseRows
 from hf_rece.ops.same_draws import same_draws
 from hf_rece.ops.shards import ShardedRows, VocabShards, shard_classes
 from hf_rece.ops.topk import label_rank, streamed_topk
@@ -44,7 +45,6 @@ def search_all(hidden, rows, labels, bias, offset):
     for name in RANKS:
         found[f"rank, {name}"] = label_rank(hidden, rows, labels, bias=bias, **SEARCHES[name])
     found["rank, no bias"] = label_rank(hidden, rows, labels)
-    found["buckets"] = buckets(as_output_rows(rows), torch.eye(WIDTH), 10_000)
     return found
 
 
@@ -57,6 +57,8 @@ def of_processes(rank, world_size):
     rows = ShardedRows(DenseRows(local), shards)
     with torch.no_grad():
         found = search_all(hidden, rows, labels, bias[classes], shards.first)
+        topk._JOINED_BYTES = 1000  # of two or four queries at once
+        found["in pieces"] = streamed_topk(hidden, rows, 12, bias=bias[classes])
     ids = IDS[rank]
     found["rows"] = lookup(rows, ids)
     (found["rows"] * (rank + 1)).sum().backward()
@@ -68,6 +70,15 @@ def of_processes(rank, world_size):
         with pytest.raises(ArgumentError) as caught:
             lookup(rows, torch.tensor([wrong if rank == 1 else 1]))
         found[name] = str(caught.value)
+    found["chunks"] = {}
+    own = buckets(rows.local, torch.eye(WIDTH), 10_000)
+    for n_chunks in (1, 5, 40):
+        chunks = sort_shard_into_chunks(own, WIDTH, n_chunks, shards)
+        ids = chunks.table(padding=shards.n_local)
+        row, column = chunks.places(torch.arange(shards.n_local))
+        same = torch.equal(ids[row, column], torch.arange(shards.n_local, dtype=torch.int32))
+        of_all = torch.where(ids < shards.n_local, ids + shards.first, -1).tolist()
+        found["chunks"][n_chunks] = of_all, chunks.numbers(), same
     generator = torch.Generator().manual_seed(rank)
     with same_draws(shards, generator, torch.device("cpu")):
         found["drawn"] = torch.rand(3, generator=generator)
@@ -95,8 +106,23 @@ def test_searches_are_those_of_one_process(processes):
             assert torch.equal(*ids), name
 
 
-def test_buckets_keep_their_type(processes):
-    assert processes[0]["buckets"].dtype == torch.int16
+def test_what_processes_found_best_is_joined_in_pieces(processes):
+    for found in processes:
+        assert all(map(torch.equal, found["in pieces"], found["topk, plain"]))
+
+
+def test_chunks_are_those_of_all_classes(processes):
+    bucket_of = buckets(DenseRows(table()[1]), torch.eye(WIDTH), 10_000)
+    for n_chunks in (1, 5, 40):
+        wanted = sort_into_chunks(bucket_of, n_chunks)
+        parts = [found["chunks"][n_chunks] for found in processes]
+        assert torch.equal(
+            torch.cat([numbers[:-1] for _, numbers, _ in parts]), wanted.numbers()[:-1]
+        )
+        every = [{int(i) for i in row if i < N_CLASSES} for row in wanted.table(N_CLASSES)]
+        for row, ids in enumerate(every):
+            assert ids == {i for found_table, _, _ in parts for i in found_table[row] if i >= 0}
+        assert all(same for _, _, same in parts)
 
 
 def test_each_process_finds_the_rows_it_asks_for(processes):

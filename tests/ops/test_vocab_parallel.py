@@ -1,13 +1,14 @@
 """The parts of a plan that processes score are together the plan, each pair once."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rece.ops.lsh import random_directions
+from hf_rece.ops.lsh import buckets, random_directions
 from hf_rece.ops.plan import walk
 from hf_rece.ops.plans.exhaustive import exhaustive_plan
 from hf_rece.ops.plans.rece import rece_plan
@@ -15,7 +16,7 @@ from hf_rece.ops.plans.sampled import draw_negatives, sampled_plan
 from hf_rece.ops.plans.sce import sce_plan
 from hf_rece.ops.plans.stratified import stratified_plan
 from hf_rece.ops.rows import DenseRows
-from hf_rece.ops.shards import VocabShards
+from hf_rece.ops.shards import ShardedRows, VocabShards
 from hf_rece.ops.vocab_parallel import local_plan
 
 EXCLUDED = torch.tensor([0, 9])
@@ -67,6 +68,32 @@ def pairs_of(plan, first=0):
     return found
 
 
+class AmongOthers(VocabShards):
+    """One process of several, which knows what the others would have told it."""
+
+    def rows(self, weight, directions):
+        """Return this process's rows of a weight (C, D), hashed by directions (R, B, D)."""
+        told = [
+            torch.stack(
+                [
+                    torch.bincount(
+                        buckets(DenseRows(weight[first:stop]), of_round, 10_000), minlength=5
+                    )
+                    for first, stop in pairwise(self.bounds)
+                ]
+            )
+            for of_round in directions
+        ]
+        object.__setattr__(self, "told", iter(told))
+        return ShardedRows(DenseRows(weight[self.first : self.stop]), self)
+
+    def join(self, values, sizes):
+        """Return how many classes each process has in each bucket."""
+        found = next(self.told)
+        assert torch.equal(found[self.rank], values[0])
+        return found
+
+
 @pytest.mark.parametrize("name", ["exhaustive", "rece", "sce", "stratified", "sampled"])
 @settings(max_examples=12, deadline=None)
 @given(
@@ -82,11 +109,19 @@ def test_the_parts_of_all_processes_are_the_plan(
     torch.manual_seed(seed)
     hidden, rows = torch.randn(n_tokens, 4), DenseRows(torch.randn(n_classes, 4))
     labels = torch.randint(10, n_classes, (n_tokens,))
+    torch.manual_seed(seed + 1)
     plan = plan_of(name, hidden, rows, labels, tile_bytes)
     parts = Counter()
     for rank in range(world_size):
         shards = VocabShards(n_classes, rank, world_size)
-        local = local_plan(plan, shards)
+        if name == "rece":
+            torch.manual_seed(seed + 1)
+            directions = [random_directions(5, hidden) for _ in range(3)]
+            own = AmongOthers(n_classes, rank, world_size).rows(rows.weight, directions)
+            torch.manual_seed(seed + 1)
+            local = local_plan(plan_of(name, hidden, own, labels, tile_bytes), shards)
+        else:
+            local = local_plan(plan, shards)
         assert local.n_classes == shards.n_local
         parts += pairs_of(local, shards.first)
     assert parts == pairs_of(plan)

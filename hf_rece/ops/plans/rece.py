@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_rece.ops.lsh import Chunks, buckets, sort_into_chunks
+from hf_rece.ops.lsh import (
+    Chunks,
+    ShardOfChunks,
+    buckets,
+    sort_into_chunks,
+    sort_shard_into_chunks,
+)
 from hf_rece.ops.plan import EarlierRound, Grid, Plan
 from hf_rece.ops.products import search_dtype
 from hf_rece.ops.rows import DenseRows, OutputRows
+from hf_rece.ops.shards import ShardedRows, VocabShards
 
 
 @torch.no_grad()
@@ -27,7 +34,8 @@ def rece_plan(
 
     In each round, tokens and classes are sorted by the direction they lie closest to; both orders
     are cut into n_chunks chunks; a token meets the classes of chunks at most n_extra_chunks from
-    its own. A pair belongs to the first round that finds it.
+    its own. A pair belongs to the first round that finds it. Over ShardedRows, this is the part of
+    the plan that scores this process's classes, see hf_rece.ops.vocab_parallel.local_plan.
 
     Args:
         hidden: (N, D).
@@ -40,28 +48,34 @@ def rece_plan(
         tile_bytes: bytes of a tile.
 
     Memory:
-        O(R (N + C)) integers. Over ShardedRows too, in every process: all classes are sorted
-        together.
+        O(R (N + C)) integers; over ShardedRows, of C those of the process's own classes.
     """
+    shards = rows.shards if isinstance(rows, ShardedRows) else VocabShards(rows.n_rows)
+    n_buckets = directions.shape[1]
     operands = search_dtype(hidden, rows.tensors())
     grids: list[Grid] = []
     earlier: list[EarlierRound] = []
     for round_directions in directions.unbind(0):
-        token_chunks, class_chunks = (
-            sort_into_chunks(
-                buckets(vectors, round_directions, tile_bytes, operands=operands), n_chunks
-            )
-            for vectors in (DenseRows(hidden), rows)
+        own_rows = rows.local if isinstance(rows, ShardedRows) else rows
+        of_tokens, of_classes = (
+            buckets(vectors, round_directions, tile_bytes, operands=operands)
+            for vectors in (DenseRows(hidden), own_rows)
         )
-        classes = class_chunks.table(padding=rows.n_rows)
+        token_chunks = sort_into_chunks(of_tokens, n_chunks)
+        class_chunks: Chunks | ShardOfChunks = (
+            sort_shard_into_chunks(of_classes, n_buckets, n_chunks, shards)
+            if isinstance(rows, ShardedRows)
+            else sort_into_chunks(of_classes, n_chunks)
+        )
+        classes = class_chunks.table(padding=shards.n_local)
         if excluded_ids is not None:
-            excluded = torch.isin(classes, excluded_ids.to(classes.dtype))
-            classes = classes.masked_fill(excluded, rows.n_rows)
+            excluded = torch.isin(classes, (excluded_ids - shards.first).to(classes.dtype))
+            classes = classes.masked_fill(excluded, shards.n_local)
         grids.append(
             Grid(
                 tokens=_windows(token_chunks, n_extra_chunks, padding=len(hidden)),
                 classes=classes,
-                skip=_label_places(token_chunks, class_chunks, labels, n_extra_chunks),
+                skip=_label_places(token_chunks, class_chunks, labels, n_extra_chunks, shards),
                 skips_once=True,
                 earlier=tuple(earlier),
             )
@@ -70,7 +84,7 @@ def rece_plan(
             earlier.append(
                 EarlierRound(token_chunks.numbers(), class_chunks.numbers(), n_extra_chunks)
             )
-    return Plan(tuple(grids), "logaddexp", len(hidden), rows.n_rows, tile_bytes)
+    return Plan(tuple(grids), "logaddexp", len(hidden), shards.n_local, tile_bytes)
 
 
 def _windows(chunks: Chunks, reach: int, padding: int) -> Tensor:
@@ -84,12 +98,18 @@ def _windows(chunks: Chunks, reach: int, padding: int) -> Tensor:
     return padded.unfold(0, 1 + 2 * reach, 1).transpose(1, 2).reshape(chunks.n_chunks, -1)
 
 
-def _label_places(tokens: Chunks, classes: Chunks, labels: Tensor, reach: int) -> Tensor:
+def _label_places(
+    tokens: Chunks,
+    classes: Chunks | ShardOfChunks,
+    labels: Tensor,
+    reach: int,
+    shards: VocabShards,
+) -> Tensor:
     """Return (S, 3) int64 (group, token position, class position) of the labels that were found."""
-    label_position = classes.positions()[labels].long()
-    token_position = tokens.positions().long()
-    group = label_position // classes.size
+    own = shards.is_local(labels)
+    group, column = classes.places(labels[own] - shards.first)
+    token_position = tokens.positions()[own].long()
     # Position of the token in the window that starts `reach` chunks before the label's chunk.
     token = token_position - (group - reach) * tokens.size
     found = (token >= 0) & (token < (1 + 2 * reach) * tokens.size)
-    return torch.stack([group, token, label_position % classes.size], dim=1)[found]
+    return torch.stack([group, token, column], dim=1)[found]
