@@ -34,7 +34,7 @@ AddGradients = Callable[[Scores, Plan, Gradients], None]
 _WORTH_WINDOWS = 16 * 2**20
 # The same of plans that gather their classes, whose pairs are all scored again for each window.
 _WORTH_PASSES, _PAIRS_A_CLASS = 2**30, 100
-# Bytes of sums that may have room of their own.
+# Bytes of a window's sums that may have room of their own.
 _OWN_ROOM = 2**20
 
 
@@ -180,7 +180,7 @@ def _by_windows(
         kept, end = (_aligned(n_classes - rows * len(hidden)) for rows in (3, 2))
     if _gathers(plan):
         kept = 0  # a walk for all hidden states, and one for each window
-    least = _OWN_ROOM // (4 * width)
+    least = _own_room(plan, weight.device) // (4 * width)
     first = window_edges(0, kept, end, least)
     second = window_edges(kept, n_classes, n_classes, least)
     cut = _Cut.make(scores, plan, labels, first + second)
@@ -206,6 +206,11 @@ def _by_windows(
         states = None
     add_rows(second, None)
     return Gradients(rounded if wanted.hidden else None, (result,), into.bias)
+
+
+def _own_room(plan: Plan, device: torch.device) -> int:
+    # A CPU's library keeps a program of a megabyte for every shape of a product: few windows.
+    return _OWN_ROOM if multiplies_halves(device) else max(_OWN_ROOM, plan.tile_bytes // 2)
 
 
 def _aligned(number: int) -> int:

@@ -84,7 +84,7 @@ def test_windows_change_no_gradient(backend, dtype, shaping, monkeypatch):
     tensors[2][0, -4:] = torch.tensor([530, 127, 128, 529])
     whole = loss_and_grads("cross_entropy", backend, *tensors, observe=False, **shaping)
     monkeypatch.setattr(gradients, "_WORTH_WINDOWS", 0)
-    monkeypatch.setattr(gradients, "_OWN_ROOM", 0)
+    monkeypatch.setattr(gradients, "_own_room", lambda *_: 0)
     walked = []
     room = gradients._room
     monkeypatch.setattr(gradients, "_room", lambda r, w: (walked.append(w), room(r, w))[1])
@@ -108,7 +108,7 @@ def test_windows_of_gathered_classes_change_no_gradient(name, backend, monkeypat
     whole = loss_and_grads(name, backend, *tensors, observe=False, **SHAPING)
     monkeypatch.setattr(gradients, "_WORTH_PASSES", 0)
     monkeypatch.setattr(gradients, "_PAIRS_A_CLASS", 1000)
-    monkeypatch.setattr(gradients, "_OWN_ROOM", 0)
+    monkeypatch.setattr(gradients, "_own_room", lambda *_: 0)
     walked = []
     room = gradients._room
     monkeypatch.setattr(gradients, "_room", lambda r, w: (walked.append(w), room(r, w))[1])

@@ -61,5 +61,17 @@ def test_every_plan_width_and_dtype(plan, capability):
     half = [f"{plan}:bfloat16:{width}" for width in (1, 64, 100, 256, 2048, 5120)]
     single = [f"{plan}:float32:{width}{how}" for width in (64, 128, 1024) for how in ("", ":tf32")]
     more = [f"{plan}:float16:100", f"{plan}:bfloat16:2048:deterministic"]
-    mixed = [f"{plan}:float32:{width}:autocast" for width in (64, 128, 256, 2048)]
-    check(compiled(capability, *half, *single, *more, *mixed))
+    check(compiled(capability, *half, *single, *more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("plan", ["exhaustive", "everything"])
+def test_rows_that_are_rounded_as_they_are_read(plan, capability):
+    check(
+        compiled(
+            capability,
+            *(f"{plan}:float32:{width}:autocast" for width in (64, 128, 256, 2048)),
+            f"{plan}:float32:2048:autocast:deterministic",
+        )
+    )
