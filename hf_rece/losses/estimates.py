@@ -233,7 +233,7 @@ def estimate(
     elif shape.is_triton:
         walked = triton_bytes(shape, grids, tile_bytes)
     terms = {
-        "gradients": gradient_bytes(shape, grids),
+        "gradients": gradient_bytes(shape, grids, tile_bytes),
         "tile": walked,
         # Where each skipped pair is: (group, token, class), the size of its tile, its place there.
         "skips": n_skips * 6 * _INT64,
@@ -259,17 +259,20 @@ def estimate(
     )
 
 
-def gradient_bytes(shape: Shape, grids: Sequence[Pairs]) -> int:
+def gradient_bytes(shape: Shape, grids: Sequence[Pairs], tile_bytes: int) -> int:
     """Return the bytes of the gradients of states and table, as ops.gradients makes them.
 
     In half precision the sums of a dense table that is walked in order are made in the room of the
-    result, but for the last sixteenth.
+    result, but for the last; where there are six classes a token, those of the states too. What
+    oneDNN compiles for each window, a megabyte or so on a CPU, is not counted.
     """
     in_order = shape.is_dense and all(grid.as_slices for grid in grids)
     if not in_order or shape.item == shape.wide or not shape.weights:
         return shape.gradient_bytes
-    of_states = shape.wants_hidden * shape.n_tokens * shape.width * shape.wide
-    return of_states + shape.weights * shape.item * 17 // 16
+    lent = shape.n_classes >= 6 * shape.n_tokens
+    of_states = shape.wants_hidden * shape.n_tokens * shape.width
+    room = max(2**20, tile_bytes // 2 if shape.device.type == "cpu" else 0)
+    return shape.weights * shape.item + of_states * (shape.item if lent else shape.wide) + room
 
 
 def triton_bytes(shape: Shape, grids: Sequence[Pairs], tile_bytes: int) -> int:
