@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -85,8 +86,10 @@ def damaged_settings(source: str, file: str) -> Iterator[None]:
         ) from error
 
 
-def check_config(source: str, config_class: type[PreTrainedConfig], hub: Mapping[str, Any]) -> None:
-    """Check that a recommender's configuration can be read.
+def check_config(
+    source: str, config_class: type[PreTrainedConfig], hub: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """Return a recommender's configuration, if it can be read.
 
     Args:
         source: folder or Hub id.
@@ -103,6 +106,7 @@ def check_config(source: str, config_class: type[PreTrainedConfig], hub: Mapping
             raise TypeError(f"dtype is {config.dtype!r}")
         if (quantization := getattr(config, "quantization_config", None)) is not None:
             AutoQuantizationConfig.from_dict(quantization)
+    return config
 
 
 def check_sizes(tokenizer: ItemTokenizer, vocab_size: int) -> None:
@@ -154,6 +158,34 @@ def _problem_of_index(index: Path) -> str | None:
     # Symbolic links are fine: so the cache of the Hub stores files.
     astray = sorted(str(name) for name in names if Path(str(name)).name != name)
     return f"{index.name} names files elsewhere ({', '.join(astray[:3])})" if astray else None
+
+
+def check_shapes(source: str, model: nn.Module, files: Iterable[Path]) -> None:
+    """Check that weights have the shapes that a configuration asks for, before memory is taken.
+
+    transformers makes what does not fit at random before it says so.
+
+    Args:
+        source: folder or Hub id.
+        model: of the configuration, on "meta".
+        files: of weights.
+
+    Raises:
+        DataError: naming one that has not.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in wanted.keys() & set(file.keys()):
+                shape = file.get_slice(name).get_shape()
+                if shape != wanted[name]:
+                    raise DataError(
+                        source,
+                        f"its weights do not fit its {CONFIG_NAME}, or are damaged ({name} has "
+                        f"shape {shape}, and the model wants {wanted[name]})",
+                        "Save the model again; with ignore_mismatched_sizes=True it is loaded all "
+                        "the same",
+                    )
 
 
 def check_keys(source: str, info: Mapping[str, Any]) -> None:

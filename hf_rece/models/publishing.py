@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -33,6 +34,7 @@ from hf_rece.models.loading import (
     check_config,
     check_is_recommender,
     check_keys,
+    check_shapes,
     check_shards,
     check_sizes,
     clear_loading_errors,
@@ -201,7 +203,11 @@ class PublishedRecommender(ShardedCheckpoints):
             check_shards(source, hub)
             if kwargs.get("config") is None:
                 check_is_recommender(source, cls.config_class.model_type, hub)
-                check_config(source, cls.config_class, hub)
+                config: Any = check_config(source, cls.config_class, hub)
+                if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+                    with torch.device("meta"), no_init_weights():
+                        empty: Any = cls(config)
+                    check_shapes(source, empty, weight_files(source, hub))
             wants_info = kwargs.pop("output_loading_info", False)
             names: tuple[str, ...] = ("vocab_parallel", "vocab_parallel_size")
             cut = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -217,8 +223,8 @@ class PublishedRecommender(ShardedCheckpoints):
                 with damaged_settings(source, "tokenizer_config.json or items.json"):
                     loaded.tokenizer = ItemTokenizer.from_pretrained(source, **hub)
                 check_sizes(loaded.tokenizer, loaded.config.vocab_size)
-        model: Self = loaded
-        return found if wants_info else model
+        result: Self = found if wants_info else loaded
+        return result
 
     @classmethod
     def _cut(

@@ -52,6 +52,7 @@ SCALES = {
     ("cross_entropy", "dense", "vocab_parallel"): "`cross_entropy`, `vocab_parallel`",
     ("rece", "dense", "vocab_parallel"): "`rece`, `vocab_parallel`",
     ("sce", "dense", "vocab_parallel"): "`sce`, `vocab_parallel`",
+    ("stratified", "dense", "vocab_parallel_64"): "`stratified`, `vocab_parallel_size=64`",
     ("stratified", "lma", "ddp"): "`stratified`, LMA table 16x, DDP",
 }
 
@@ -140,7 +141,11 @@ def scale() -> Iterator[tuple[str, ...]]:
         cells = []
         for size in sizes:
             wanted = (size[0], 64, size[1], *of_row)
-            (row,) = (row for row in rows if tuple(row.values())[: len(wanted)] == wanted)
+            found = [row for row in rows if tuple(row.values())[: len(wanted)] == wanted]
+            if not found:  # groups of as many processes are not to be had
+                cells.append("")
+                continue
+            (row,) = found
             memory = f"{row['gb_per_rank']:,.{'0' if row['gb_per_rank'] >= 20 else '1'}f} GB"
             took = f"{row['step_seconds']:.2g} s ({row['message_seconds']:.2g})"
             cells.append(f"{memory}; {took}" if row["fits"] else f"*{memory}*")

@@ -118,8 +118,9 @@ def _logits(record: dict[str, Any]) -> int:
 
 def draw_training() -> None:
     record = json.loads((RESULTS / "training.json").read_text())
-    title = "SASRec on {log}: {epochs} epochs, {threads} threads, seconds an epoch".format(**record)
-    side_by_side(record["trainings"], "peak_mib", "seconds_per_epoch", title, "training.png")
+    title = "SASRec on {log}: {epochs} epoch(s), {threads} threads, seconds an epoch"
+    rows = record["trainings"]
+    side_by_side(rows, "peak_mib", "seconds_per_epoch", title.format(**record), "training.png")
 
 
 def draw_language_models() -> None:

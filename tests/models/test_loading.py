@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -240,6 +241,22 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"its weights do not fit its config.json"):
         RecommenderModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_damaged_size_takes_no_memory(name, tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    place = settings if name in settings else settings["backbone"]
+    place[name] = 2**20
+    path.write_text(json.dumps(settings))
+    with (
+        mock.patch.object(RecommenderModel, "_init_weights") as made,
+        pytest.raises(DataError, match=r"has shape \[.*\], and the model wants \[.*1048576"),
+    ):
+        RecommenderModel.from_pretrained(tmp_path)
+    made.assert_not_called()
 
 
 def test_pickled_weights_are_not_read(tmp_path):
