@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -57,5 +56,6 @@ def _suspects() -> tuple[type[Exception], ...]:
     # Whoever did not choose Triton does not wait for its import.
     if "triton" not in sys.modules:
         return (RuntimeError,)
-    # The last, of the C compiler.
-    return RuntimeError, import_module("triton.errors").TritonError, subprocess.CalledProcessError
+    # The last, of the C compiler that Triton calls.
+    failed_call = import_module("triton.runtime.build").subprocess.CalledProcessError
+    return RuntimeError, import_module("triton.errors").TritonError, failed_call
