@@ -83,7 +83,7 @@ def draw_losses() -> None:
 def draw_grid() -> None:
     """Draw memory and time over the grid, a figure for each kind of device."""
     lines = (RESULTS / "losses_grid.jsonl").read_text().splitlines()
-    records = sorted((json.loads(line) for line in lines), key=_logits)
+    records = sorted((json.loads(line) for line in lines), key=_size)
     for device in {record["shape"]["device"] for record in records}:
         suffix = "" if device == "cpu" else f"_{device}"
         of_device = [record for record in records if record["shape"]["device"] == device]
@@ -91,29 +91,33 @@ def draw_grid() -> None:
 
 
 def _draw_grid(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw a line of marks for each shape, a mark for each contender that ran."""
     names = {
         name for record in records for name, row in record["losses"].items() if "seconds" in row
     }
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    shown = [*OURS[:4], *sorted(names - set(OURS))]
-    for name in (name for name in shown if name in names):
-        points = [r for r in records if "seconds" in r["losses"].get(name, {})]
-        style = "-o" if name in OURS else "--x"
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.3 * len(records)), sharey=True)
+    for name in [*(n for n in OURS if n in names), *sorted(names - set(OURS))]:
+        places = [i for i, r in enumerate(records) if "seconds" in r["losses"].get(name, {})]
+        style = "o" if name in OURS else "x"
         for plot, field in zip(axes, ("extra_peak_mib", "seconds"), strict=True):
-            values = [record["losses"][name][field] for record in points]
-            logits = [_logits(record) for record in points]
-            plot.plot(logits, values, style, label=LABELS.get(name, name), markersize=4)
+            values = [records[place]["losses"][name][field] for place in places]
+            plot.plot(values, places, style, label=LABELS.get(name, name), markersize=6, alpha=0.8)
+    shapes = (record["shape"] for record in records)
+    labels = ["N={tokens:,} C={classes:,} D={width:,}".format(**shape) for shape in shapes]
     for plot, label in zip(axes, ("extra MiB", "seconds"), strict=True):
-        plot.set(xscale="log", yscale="log", xlabel="tokens x classes", ylabel=label)
+        plot.set(xscale="log", xlabel=label, yticks=range(len(records)), yticklabels=labels)
+        plot.grid(axis="y", alpha=0.3)
         plot.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("Loss + backward over the grid: where a line ends, it did not run", fontsize=10)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("Loss + backward: who has no mark did not run, or not in time", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
 
 
-def _logits(record: dict[str, Any]) -> int:
-    return record["shape"]["tokens"] * record["shape"]["classes"]
+def _size(record: dict[str, Any]) -> tuple[int, int]:
+    shape = record["shape"]
+    return shape["width"], shape["tokens"] * shape["classes"]
 
 
 def draw_training() -> None:
