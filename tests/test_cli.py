@@ -196,6 +196,16 @@ def test_an_unknown_yaml_key_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "setting", ["loss_kwargs: true", "ranking_ks: 10", "ranking_ks: [0]", "max_length: 0"]
+)
+def test_a_yaml_value_of_another_type_is_named(setting, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(setting)
+    with pytest.raises(ArgumentError, match=setting.partition(":")[0]):
+        cli.parse((cli.TrainDefaults,), [str(path), "--output_dir", str(tmp_path)], "train")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("a: [1", r"run\.yaml: not YAML"), ("- a\n- b\n", r"run\.yaml: not a mapping")],
 )

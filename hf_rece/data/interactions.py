@@ -187,7 +187,7 @@ def _check_nulls(
 
 
 def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
-    values = frame[role]
+    values = _of_64_bits(frame[role], name, column)
     if values.dtype.is_integer() or values.dtype == pl.String:
         return values
     if values.dtype in (pl.Categorical, pl.Enum):
@@ -202,9 +202,23 @@ def _ids(frame: pl.DataFrame, role: str, name: str, column: str) -> pl.Series:
     )
 
 
+def _of_64_bits(values: pl.Series, name: str, column: str) -> pl.Series:
+    """Return integers of 128 bits, which Arrow does not have, as int64; all else as it is."""
+    if str(values.dtype) not in ("Int128", "UInt128"):
+        return values
+    try:
+        return values.cast(pl.Int64)
+    except pl.exceptions.InvalidOperationError:
+        raise DataError(
+            f"{name}, column {column!r}",
+            f"integers from {values.min()} to {values.max()} do not fit into 64 bits",
+            "Write them as strings, or as smaller integers",
+        ) from None
+
+
 def _times(values: pl.Series, name: str, column: str) -> pl.Series:
     if values.dtype.is_numeric():
-        return values
+        return _of_64_bits(values, name, column)
     if values.dtype.is_temporal() and values.dtype in (pl.Date, pl.Datetime):
         return values.cast(pl.Datetime("us")).dt.epoch("us").alias(TIME)
     if values.dtype == pl.String:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -114,13 +115,12 @@ def kept_places(
 
 def _find(buckets: Buckets, minima: Minima, quantile: float | None, stage: Stage) -> Kept:
     is_kept = np.ones(len(buckets.items), dtype=np.bool_)
-    is_rare, round_ = is_kept, 0
-    while is_rare.any():
-        round_ += 1
+    for round_ in itertools.count(1):
         with stage(f"filtering, pass {round_}", buckets.n_buckets) as advance:
             counts, users = _counts(buckets, is_kept, minima.user, advance)
         is_kept = counts >= max(minima.item, 1)
-        is_rare = (counts > 0) & ~is_kept
+        if not ((counts > 0) & ~is_kept).any():
+            break
     if users == 0:
         raise DataError(
             "the log",

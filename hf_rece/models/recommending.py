@@ -14,7 +14,7 @@ from hf_rece.data.item_tokenizer import Item, ItemTokenizer
 from hf_rece.embeddings.as_rows import as_rows
 from hf_rece.embeddings.gathered import call_gathered
 from hf_rece.embeddings.output_terms import OutputTerms
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, DataError
 from hf_rece.models.growth import GrowingCatalogue
 from hf_rece.models.loading import check_sizes
 from hf_rece.models.recommendation import (
@@ -81,7 +81,7 @@ class Recommending(GrowingCatalogue):
         Raises:
             ArgumentError: if the model has no tokenizer, k or batch_size < 1, or histories is one
                 history rather than a list of them.
-            DataError: if an allowed item is unknown.
+            DataError: if an allowed item is unknown, or the model's states are not finite.
         """
         tokenizer = self.own_tokenizer()
         self._ask_together(
@@ -120,7 +120,7 @@ class Recommending(GrowingCatalogue):
             (N, D), on the model's device; NaN for a history without a known item.
 
         Raises:
-            ArgumentError: as recommend.
+            ArgumentError, DataError: as recommend.
         """
         tokenizer = self.own_tokenizer()
         self._ask_together(histories=histories, batch_size=batch_size)
@@ -247,7 +247,14 @@ class Recommending(GrowingCatalogue):
         ).to(self.device)
         hidden: Tensor = self.backbone(**batch).last_hidden_state
         last = batch["attention_mask"].sum(1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        states = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        if not states.isfinite().all():
+            raise DataError(
+                "model",
+                "its states are NaN or infinite: training diverged, or weights are damaged",
+                "Load an earlier checkpoint",
+            )
+        return states
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.losses.budget import MEMORY_BUDGET, check_budget
-from hf_rece.losses.checks import check_choice
+from hf_rece.losses.checks import check_at_least, check_choice, check_flag
 
 NONFINITE_LOSS = ("stop", "skip")
 
@@ -51,6 +51,10 @@ class LargeVocabTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_kwargs, str):  # from the command line
             self.loss_kwargs = json_object("loss_kwargs", self.loss_kwargs)
+        elif not isinstance(self.loss_kwargs, dict | None):
+            raise ArgumentError(
+                "loss_kwargs", self.loss_kwargs, "no knobs by name", "Pass {knob: value}, or None"
+            )
         # Trainer takes every metric for one to maximise, unless its name ends in "loss".
         if self.greater_is_better is None and _is_perplexity(self.metric_for_best_model):
             self.greater_is_better = False
@@ -153,7 +157,11 @@ class RecommenderTrainingArguments(LargeVocabTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.vocab_parallel = self.vocab_parallel or self.vocab_parallel_size is not None
-        if not self.ranking_ks or min(self.ranking_ks) < 1:
+        check_flag("filter_seen", self.filter_seen)
+        check_at_least("max_length", self.max_length, 1)
+        if not isinstance(self.ranking_ks, list | tuple) or not self.ranking_ks:
             raise ArgumentError(
                 "ranking_ks", self.ranking_ks, "no cut-offs", "Pass integers such as 5 10 20"
             )
+        for k in self.ranking_ks:
+            check_at_least("ranking_ks", k, 1)

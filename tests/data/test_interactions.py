@@ -228,12 +228,22 @@ def test_times_of_many_kinds_sort_by_time(times):
         ({"what": [1.5, 2.0, 3.0]}, "column 'what'.*neither integers nor strings"),
         ({"what": [2.0**53, 2.0, 3.0]}, "column 'what'.*neither integers nor strings"),
         ({"what": [1e300, float("inf"), 3.0]}, "column 'what'.*neither integers nor strings"),
+        ({"what": [7, 2**63, -8]}, f"column 'what': integers from -8 to {2**63} do not fit"),
+        ({"when": [7, 2**63, -8]}, f"column 'when': integers from -8 to {2**63} do not fit"),
     ],
 )
 def test_bad_values_are_named(change, message):
     rows = {name: [] for name in ROWS} if change == {"who": []} else {**ROWS, **change}
+    wide = {name: pl.Int128 for name, values in rows.items() if 2**63 in values}
     with pytest.raises(DataError, match=message):
-        load_interactions(pl.DataFrame(rows), **COLUMNS)
+        load_interactions(pl.DataFrame(rows, schema_overrides=wide), **COLUMNS)
+
+
+def test_wide_integers_that_fit_are_of_64_bits():
+    wide = pl.DataFrame(ROWS).with_columns(pl.col("what", "when").cast(pl.Int128))
+    found = load_interactions(wide, **COLUMNS)
+    assert found.to_dict(as_series=False) == SORTED
+    assert found.schema["item_id"] == found.schema["timestamp"] == pl.Int64
 
 
 @pytest.mark.parametrize("mixed", [["", 0, 0], [0, "", None], [b"", "", 1.5]])

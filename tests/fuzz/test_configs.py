@@ -166,8 +166,14 @@ def load(folder):
         transformers.logging.enable_progress_bar()
 
 
+def scores_of(model):
+    """The scores of the items that are not in HISTORY, by name."""
+    items = model.tokenizer.items
+    scores = model.item_vectors() @ model.user_vectors(HISTORY)[0]
+    return {item: s for item, s in zip(items, scores, strict=True) if item not in HISTORY[0]}
+
+
 def test_a_damaged_model_is_loaded_or_refused(saved):
-    n_answers = {len(load(folder).recommend(HISTORY, k=3)[0]) for folder in saved}
 
     @cases(60, damages())
     def test_damaged_models(case):
@@ -182,7 +188,8 @@ def test_a_damaged_model_is_loaded_or_refused(saved):
                 answers = model.recommend(HISTORY, k=3)
             except HfReceError:
                 return
-            assert {len(answers[0])} == n_answers
+            comparable = [score for score in scores_of(model).values() if score > -torch.inf]
+            assert len(answers[0]) == min(3, len(comparable))
 
     test_damaged_models()
 
@@ -226,7 +233,8 @@ YAML = {
     "hidden_size": 8, "max_length": 10, "item_embedding": "lma", "loss_type": "rece",
     "loss_kwargs": {"n_rounds": 2}, "memory_budget": "1GiB", "learning_rate": 1e-3, "seed": 1,
     "num_train_epochs": 1, "per_device_train_batch_size": 8, "density": 0.1, "use_cpu": True,
-    "report_to": "none", "eval_strategy": "epoch",
+    "report_to": "none", "eval_strategy": "epoch", "nonfinite_loss": "skip", "filter_seen": True,
+    "ranking_ks": [5, 10],
 }  # fmt: skip
 
 

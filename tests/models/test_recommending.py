@@ -17,6 +17,15 @@ def names(answer):
     return [found.item for found in answer]
 
 
+def test_a_model_whose_states_are_not_finite_answers_nothing():
+    model = make()
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(torch.nan)
+    for ask in (model.recommend, model.user_vectors):
+        with pytest.raises(DataError, match="states are NaN or infinite"):
+            ask([ITEMS[:2]])
+
+
 def test_denied_items_are_not_recommended():
     model = make()
     (free,) = model.recommend([ITEMS[:2]], k=5)
