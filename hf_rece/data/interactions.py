@@ -211,7 +211,7 @@ def _of_64_bits(values: pl.Series, name: str, column: str) -> pl.Series:
     except pl.exceptions.InvalidOperationError:
         raise DataError(
             f"{name}, column {column!r}",
-            f"integers from {values.min()} to {values.max()} do not fit into 64 bits",
+            f"integers from {values.min()!r} to {values.max()!r} do not fit into 64 bits",
             "Write them as strings, or as smaller integers",
         ) from None
 
