@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -344,7 +344,7 @@ def _losses_for_logits(
         statistics = TokenStatistics() if call.wanted.statistics else None
         losses = compute(layer, hidden, labels, state.shaping, statistics)
         if statistics is not None:
-            call.notes["aligned_labels"], call.notes["token_losses"] = labels, losses
+            call.notes["aligned_labels"] = labels
             call.notes["entropy"], call.notes["is_top1"] = statistics.entropy, statistics.is_top1
         if call.wanted.predictions:
             best, ranks = predictions(layer, hidden, labels, state.shaping)
@@ -355,5 +355,10 @@ def _losses_for_logits(
             losses.unsqueeze(-1), labels.unsqueeze(-1), n_classes, name, call.applied.append
         )
 
-    with forward_replaced(layer, losses_in_place_of_logits):
+    def note_losses(_layer: nn.Module, _inputs: Any, output: LossCarrier) -> None:
+        call.notes["token_losses"] = output.plain().squeeze(-1)
+
+    # After the hooks by which ZeRO-3 and FSDP2 bring the weights back for the backward pass.
+    noting = layer.register_forward_hook(note_losses) if call.wanted.statistics else nullcontext()
+    with noting, forward_replaced(layer, losses_in_place_of_logits):
         yield

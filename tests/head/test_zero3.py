@@ -20,16 +20,27 @@ def language_model(tied):
     )  # fmt: skip
 
 
+OF_TOKENS = {"output_logits": False, "output_token_statistics": True}
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_those_of_the_dense_model(tied):
+@pytest.mark.parametrize(
+    "options_and_loss",
+    [({}, lambda output: output.loss), (OF_TOKENS, lambda o: o.token_losses.sum() / 16)],
+    ids=["loss", "token_losses"],
+)
+def test_loss_and_gradients_are_those_of_the_dense_model(tied, options_and_loss):
+    options, loss_of = options_and_loss
     plain = language_model(tied).train()
     model = replace_output_head(copy.deepcopy(plain), "cross_entropy").train()
     zero3 = Zero3(model)
     ids = torch.randint(101, (2, 9))
-    losses = []
-    for each in (plain, model):
-        losses.append(each(input_ids=ids, labels=ids).loss)
-        losses[-1].backward()
+    losses = [
+        plain(input_ids=ids, labels=ids).loss,
+        loss_of(model(input_ids=ids, labels=ids, **options)),
+    ]
+    for loss in losses:
+        loss.backward()
     torch.testing.assert_close(losses[1], losses[0])
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(
