@@ -19,6 +19,7 @@ from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.losses.budget import MEMORY_BUDGET
 from hf_rece.losses.planning import LossPlan, human_bytes, human_flops, plan_losses
 from hf_rece.models.recommender import RecommenderModel
+from hf_rece.models.settings import FOREIGN, reason_of
 from hf_rece.serving.export import export_encoder
 from hf_rece.serving.jobs import (
     ExportArguments,
@@ -295,7 +296,8 @@ def parse(
             what is returned holds them.
 
     Raises:
-        ArgumentError: for two YAML files, or a key that no dataclass has.
+        ArgumentError: for two YAML files, a key that no dataclass has, or a setting that is
+            refused.
         DataError: for a YAML file that cannot be read.
     """
     words = list(sys.argv[1:] if words is None else words)
@@ -316,7 +318,17 @@ def parse(
                 "config", unknown, "no such settings", f"hf-rece {command} --help lists them"
             )
         parser.set_defaults(**settings)
-    return tuple(parser.parse_args_into_dataclasses(words))
+    try:
+        return tuple(parser.parse_args_into_dataclasses(words))
+    except HfReceError:
+        raise
+    except FOREIGN as error:  # transformers' own settings
+        raise ArgumentError(
+            "settings",
+            files or words,
+            reason_of(error),
+            f"hf-rece {command} --help says what each setting takes",
+        ) from error
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -205,6 +205,12 @@ def test_a_yaml_value_of_another_type_is_named(setting, tmp_path):
         cli.parse((cli.TrainDefaults,), [str(path), "--output_dir", str(tmp_path)], "train")
 
 
+def test_settings_that_transformers_refuses_are_refused_in_one_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--load_best_model_at_end", "--save_strategy", "no"]
+    with pytest.raises(ArgumentError, match=r"settings=.*load_best_model_at_end.*train --help"):
+        cli.parse((cli.TrainDefaults,), words, "train")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [1", r"run\.yaml: not YAML"), ("- a\n- b\n", r"run\.yaml: not a mapping")],

@@ -46,17 +46,9 @@ def check_codes(codes: Tensor, radices: Sequence[int]) -> None:
             f"there are {len(radices)} radices",
             "Pass a column for each radix",
         )
+    check_digits(codes, radices)
     if codes.is_meta or len(codes) == 0:
         return
-    for column, radix in enumerate(radices):
-        low, high = int(codes[:, column].min()), int(codes[:, column].max())
-        if low < 0 or high >= radix:
-            raise ArgumentError(
-                "codes",
-                (low, high),
-                f"smallest and largest digit {column}, which has {radix} values",
-                f"Pass digits from 0 to {radix - 1}",
-            )
     number = code_numbers(codes, radices)
     distinct, count = torch.unique(number, return_counts=True)
     if len(distinct) < len(codes):
@@ -68,6 +60,26 @@ def check_codes(codes: Tensor, radices: Sequence[int]) -> None:
             "repeat another",
             "Give every id a code of its own; hf_rece.embeddings.codes.distinct_codes does",
         )
+
+
+def check_digits(codes: Tensor, radices: Sequence[int]) -> None:
+    """Raise ArgumentError if a digit is out of range.
+
+    Args:
+        codes: (C, k) integers.
+        radices: number of values of each digit.
+    """
+    if codes.is_meta or len(codes) == 0:
+        return
+    for column, radix in enumerate(radices):
+        low, high = int(codes[:, column].min()), int(codes[:, column].max())
+        if low < 0 or high >= radix:
+            raise ArgumentError(
+                "codes",
+                (low, high),
+                f"smallest and largest digit {column}, which has {radix} values",
+                f"Pass digits from 0 to {radix - 1}",
+            )
 
 
 def code_numbers(codes: Tensor, radices: Sequence[int]) -> Tensor:

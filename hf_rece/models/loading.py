@@ -22,6 +22,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from hf_rece.data.item_tokenizer import ItemTokenizer
+from hf_rece.embeddings.compositional import CompositionalEmbedding
+from hf_rece.embeddings.digits import check_digits, widened
 from hf_rece.errors import ArgumentError, DataError, HfReceError
 from hf_rece.models.settings import FOREIGN, reason_of
 
@@ -208,6 +210,24 @@ def check_keys(source: str, info: Mapping[str, Any]) -> None:
                 f"{', '.join(names[:3])}{more}",
                 "Save the model again; with ignore_mismatched_sizes=True it is loaded all the same",
             )
+
+
+def check_item_codes(source: str, model: nn.Module) -> None:
+    """Check that the codes of compositional tables, which are saved with the weights, are codes.
+
+    Raises:
+        DataError: if a digit is out of range.
+    """
+    for table in model.modules():
+        if isinstance(table, CompositionalEmbedding) and table.codes is not None:
+            try:
+                check_digits(widened(table.codes), table.radices)
+            except ArgumentError as error:
+                raise DataError(
+                    source,
+                    f"the codes of its items are damaged ({reason_of(error)})",
+                    "Copy or download it again, or save the model again",
+                ) from error
 
 
 @contextmanager

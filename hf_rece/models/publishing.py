@@ -33,6 +33,7 @@ from hf_rece.files import complete_files, finish_files, make_folder, write_text
 from hf_rece.models.loading import (
     check_config,
     check_is_recommender,
+    check_item_codes,
     check_keys,
     check_shapes,
     check_shards,
@@ -218,6 +219,7 @@ class PublishedRecommender(ShardedCheckpoints):
             loaded, info = found
             if not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
                 check_keys(source, info)
+            check_item_codes(source, loaded)
             items_file = ItemTokenizer.vocab_files_names["items_file"]
             if cached_file(source, items_file, _raise_exceptions_for_missing_entries=False, **hub):
                 with damaged_settings(source, "tokenizer_config.json or items.json"):

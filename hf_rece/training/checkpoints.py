@@ -72,12 +72,18 @@ class WholeCheckpoints(Trainer):
     ) -> Any:
         """Train as transformers.Trainer does.
 
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; True, or "true" as a command line has
+                it, for the newest that is whole.
+            *args: as transformers.Trainer's.
+            **kwargs: as transformers.Trainer's.
+
         Raises:
             ArgumentError: if the checkpoint to resume from is damaged, or none is whole.
             WriteError: if the disk is full; checkpoints written before are as they were.
         """
         self._in_turn(lambda: _put_back(Path(str(self.args.output_dir))))
-        if resume_from_checkpoint is True:
+        if str(resume_from_checkpoint).lower() == "true":
             resume_from_checkpoint = self._checkpoint_of_first_process()
         elif resume_from_checkpoint:
             problem = self._problem_of(Path(str(resume_from_checkpoint)))

@@ -174,7 +174,9 @@ def test_a_loss_over_a_table_is_the_loss_over_its_rows(case):
     if case.name == "cross_entropy" and narrowest != rounding:
         # Where rows are sums of independent parts, the exact loss adds logits: no row is rounded.
         unrounded = loss_of(case, whole.detach().to(wide), states).detach()
-        wanted_loss = min(wanted.detach(), unrounded, key=lambda value: abs(float(value - loss)))
+        wanted_loss = min(
+            wanted.detach(), unrounded, key=lambda value: abs(float(value - loss.detach()))
+        )
     else:
         wanted_loss = wanted.detach()
     assert_close(loss, wanted_loss, rounding, float(wanted_loss.abs()))

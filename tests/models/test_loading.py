@@ -32,6 +32,7 @@ HISTORIES = [["item 3", "item 7"], ["item 1"]]
 KINDS = {
     "dense": None,
     "compositional": {"type": "compositional", "compression": 2},
+    "codes": {"type": "compositional", "radices": [8, 8], "codes": "given"},
     "lma": {"type": "lma", "compression": 2},
     "sparse": None,
 }
@@ -257,6 +258,17 @@ def test_a_damaged_size_takes_no_memory(name, tmp_path):
     ):
         RecommenderModel.from_pretrained(tmp_path)
     made.assert_not_called()
+
+
+def test_damaged_codes_of_items_are_named(tmp_path):
+    make("codes").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if name.endswith("codes"))
+    weights[name][-1, 0] = 200
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"codes of its items are damaged.*digit 0"):
+        RecommenderModel.from_pretrained(tmp_path)
 
 
 def test_pickled_weights_are_not_read(tmp_path):

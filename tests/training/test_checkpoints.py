@@ -71,10 +71,11 @@ def test_the_best_checkpoint_is_known_by_its_own_name(data, tmp_path):
     assert names(tmp_path) == ["checkpoint-6"]
 
 
-def test_a_run_resumed_from_its_last_step_makes_no_more(data, saved, tmp_path):
+@pytest.mark.parametrize("newest", [True, "true"])  # as Python and as a command line have it
+def test_a_run_resumed_from_its_last_step_makes_no_more(data, saved, tmp_path, newest):
     folder = copy_of(saved, tmp_path)
     trainer = make_trainer(data, folder, **SAVING)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=newest)
     assert trainer.state.global_step == 6
     assert names(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert same_weights(trainer.model, saved[1])
