@@ -1,7 +1,7 @@
 """Run recipes as `accelerate launch` does, in several processes, and tell what came of them.
 
-As a script: launched.py JOBS FOLDER [fsdp] runs the recipes of a JSON file one after another, in
-one start of all processes, and leaves what each process found in FOLDER.
+As a script: launched.py JOBS FOLDER [fsdp | deepspeed] runs the recipes of a JSON file one after
+another, in one start of all processes, and leaves what each process found in FOLDER.
 """
 
 import json
@@ -71,29 +71,49 @@ def launch(jobs, n_processes, folder, config="ddp.yaml", *options):
         options: of this script.
     """
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ACCELERATE / config), "--num_processes", str(n_processes), "--main_process_port", "0",
-        str(Path(__file__)), str(folder / "jobs.json"), str(folder), *options,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
+    script = [str(Path(__file__)), str(folder / "jobs.json"), str(folder), *options]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }  # fmt: skip
+    if "deepspeed" in options:
+        # Told to use the CPU, Accelerate takes DDP in DeepSpeed's place.
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(n_processes),
+            *script,
+        ]
+        environment["DS_ACCELERATOR"] = "cpu"
+    else:
+        command = [
+            "accelerate.commands.launch", "--config_file", str(ACCELERATE / config),
+            "--num_processes", str(n_processes), "--main_process_port", "0", *script,
+        ]  # fmt: skip
         # Without GPUs Accelerate starts one process unless it is told to use the CPU.
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=280,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(n_processes)]
 
 
 def main():
     jobs, folder, *options = sys.argv[1:]
-    if options:
+    if "fsdp" in options:
         enable()
+    if "deepspeed" in options:
+        import deepspeed
+
+        # As Accelerate does where there are GPUs, before any model is made.
+        deepspeed.init_distributed("gloo")
     found = {}
     for name, (recipe, words) in json.loads(Path(jobs).read_text()).items():
         start_anew()

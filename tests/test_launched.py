@@ -1,6 +1,7 @@
 """The recipes under `accelerate launch`: several processes train and evaluate as one does."""
 
 import functools
+import importlib.util
 import json
 
 import pytest
@@ -88,8 +89,31 @@ STARTS = {
     "two": (2, "ddp.yaml", (), "DistributedDataParallel"),
     "four": (4, "ddp.yaml", (), "DistributedDataParallel"),
     "cut over two": (2, "fsdp2.yaml", ("fsdp",), "FSDP"),
+    "zero3": (2, "ddp.yaml", ("deepspeed",), "DeepSpeedEngine"),
 }
 QUICK = ("train", "pretrain")  # TRL takes long to import
+# DeepSpeed draws a new language model's weights in an order of its own.
+LOADED = ("train", "finetune")
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # the smallest weights are cut too
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def started_by(start):
+    """Return the marks of the tests of a way to start."""
+    marks = [] if start == "two" else [pytest.mark.slow]
+    if start == "zero3":
+        missing = importlib.util.find_spec("deepspeed") is None
+        marks.append(pytest.mark.skipif(missing, reason="needs DeepSpeed"))
+    return marks
 
 
 def cases(names=tuple(RECIPES), starts=tuple(STARTS)):
@@ -99,9 +123,10 @@ def cases(names=tuple(RECIPES), starts=tuple(STARTS)):
         [
             (start, name)
             if start == "two" and name in QUICK
-            else pytest.param(start, name, marks=pytest.mark.slow)
+            else pytest.param(start, name, marks=started_by(start) or pytest.mark.slow)
             for start in starts
             for name in names
+            if start != "zero3" or name in LOADED
         ],
     )
 
@@ -122,6 +147,10 @@ def runs(inputs, tmp_path_factory):
         folder = tmp_path_factory.mktemp("together")
         n_processes, config, options, wrapper = STARTS[start]
         started = jobs(inputs, folder, n_processes, names)
+        if "deepspeed" in options:
+            (folder / "zero3.json").write_text(json.dumps(ZERO3))
+            for _, words in started.values():
+                words += ["--deepspeed", str(folder / "zero3.json")]
         found = launch(started, n_processes, folder, config, *options)
         for run in (run for of_process in found for run in of_process.values()):
             assert run["world_size"] == n_processes
@@ -132,7 +161,9 @@ def runs(inputs, tmp_path_factory):
         rest = tuple(recipe for recipe in RECIPES if recipe not in QUICK)
         names = QUICK if name in QUICK else rest
         one, wanted = alone(names)
-        folder, found = together(start, names if start == "two" else tuple(RECIPES))
+        # DeepSpeed remembers the first model of a process.
+        of_start = {"two": names, "zero3": (name,)}.get(start, tuple(RECIPES))
+        folder, found = together(start, of_start)
         return (one / name, wanted[name]), (folder / name, [process[name] for process in found])
 
     return of
