@@ -195,7 +195,8 @@ def test_the_saved_model_is_that_of_one_process(runs, start, name):
     for parameter, weight in load_file(one / "model.safetensors").items():
         torch.testing.assert_close(saved.pop(parameter), weight, rtol=1e-3, atol=1e-4)
     assert not saved
-    assert len({tuple(found["weights"]) for found in of_processes}) == 1
+    if STARTS[start][-1] == "DistributedDataParallel":  # each process has all of them
+        assert len({tuple(found["weights"]) for found in of_processes}) == 1
 
 
 @cases(names=("train",))
