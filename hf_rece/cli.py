@@ -336,8 +336,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
+        # Not the error itself, which shows the line: there may be a token in it.
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", "it holds control characters")
+        where = "" if mark is None else f" in line {mark.line + 1}"
         raise DataError(
-            path, f"not YAML: {error}", "Write one setting a line, name: value"
+            path, f"not YAML: {problem}{where}", "Write one setting a line, name: value"
         ) from None
     if not isinstance(settings, dict):
         raise DataError(path, "not a mapping", "Write one setting a line, name: value")

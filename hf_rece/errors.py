@@ -1,8 +1,16 @@
 """One family of errors. A message names the argument, shows its value, and says what to do."""
 
+import re
+
+# Of the Hub. What is shown may be a whole command line, or what an HTTP client says of its headers.
+_TOKEN = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*")
+
 
 class HfReceError(Exception):
-    """Base of every error that hf_rece raises on purpose."""
+    """Base of every error that hf_rece raises on purpose; messages show no token of the Hub."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_TOKEN.sub("hf_***", message))
 
 
 class ArgumentError(HfReceError, ValueError):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig
 
-from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig
-from hf_rece.errors import ArgumentError, DataError, HfReceError
+from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig, cli
+from hf_rece.errors import ArgumentError, DataError, HfReceError, HubError
 from hf_rece.serving.item_index import INDEX_FILE, SETTINGS_FILE, ItemIndex
 from tests.training.test_trainer import make_data, make_trainer
 
@@ -405,3 +405,36 @@ def test_arguments_show_no_token(name, tmp_path):
     arguments = made(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False)
     assert TOKEN not in repr(arguments) + str(arguments) + arguments.to_json_string()
     assert TOKEN.encode() not in pickle.dumps(arguments)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hub_token", TOKEN, "--save_strategy", "nonsense"],
+        ["--hub_tokn", TOKEN],
+        [f"--hub_tokn={TOKEN}"],
+        ["run.yaml"],
+    ],
+)
+def test_a_command_line_that_is_refused_shows_no_token(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(f'seed: 1\nhub_token: "{TOKEN}\nuse_cpu: true\n')
+    with pytest.raises(HfReceError) as caught:
+        cli.parse((cli.TrainDefaults,), words, "train")
+    assert TOKEN[:12] not in str(caught.value)
+    wanted = "not YAML: found unexpected end" if "run.yaml" in words else "hf_***"
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "token", [TOKEN, f"{TOKEN}\\n", "hf_jwt_" + 3 * f"{TOKEN[3:]}.", "hf_oauth_" + 20 * "a"]
+)
+def test_what_the_hub_s_client_says_of_its_headers_shows_no_token(token):
+    error = HubError("user/shop", f"Illegal header value b'Bearer {token}'", "Try again")
+    assert "Bearer hf_***" in str(error)
+    assert token[-12:] not in str(error)
+
+
+def test_names_that_look_like_tokens_are_shown():
+    shown = "hf_rece.serving.item_index_of_everything and hf_of_user"
+    assert shown in str(HubError(shown, "a", "b"))

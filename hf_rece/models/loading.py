@@ -130,11 +130,16 @@ def check_shards(source: str, hub: Mapping[str, Any]) -> None:
     """Check that the index of sharded weights, if there is one, names files beside it.
 
     Raises:
-        DataError: if it is damaged, or names a file elsewhere: transformers would open that.
+        DataError: if it is damaged, or names a file elsewhere, which transformers would open; and
+            for a folder in which one of them is missing.
     """
     quiet = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quiet, **hub)
-    problem = None if index is None else _problem_of_index(Path(index))
+    found = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quiet, **hub)
+    if found is None:
+        return
+    index = Path(found)
+    is_here = Path(source).is_dir()  # and not to be downloaded yet
+    problem = problem_of_shards(index.parent) if is_here else _problem_of_index(index)
     if problem is not None:
         raise DataError(source, problem, "Do not use it, or save the model again")
 

@@ -53,6 +53,30 @@ def clear_settings_errors(argument: str, value: object) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def refused_code(argument: str, source: str) -> Iterator[None]:
+    """Turn what transformers raises over code in a repository, which it does not run.
+
+    Args:
+        argument: that names the repository.
+        source: folder or Hub id.
+
+    Raises:
+        ArgumentError: in place of it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ArgumentError(
+            argument,
+            source,
+            "it needs code that comes with it, which is not run",
+            "Use another, or finetune with trust_remote_code if you have read that code",
+        ) from error
+
+
 def reason_of(error: Exception) -> str:
     """Return what an error of transformers says, on one line of at most 200 characters."""
     words = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").rstrip(". ")

@@ -14,6 +14,8 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from hf_rece.data.text import read_rows
 from hf_rece.errors import ArgumentError, DataError
+from hf_rece.models.loading import check_shards, hub_options
+from hf_rece.models.settings import refused_code
 from hf_rece.training.pretrain import LanguageModelRun, load_tokenizer, run_training
 from hf_rece.training.sft import LargeVocabSFTConfig, LargeVocabSFTTrainer
 
@@ -58,11 +60,12 @@ def finetune(
     """Fine-tune, evaluate before and after, save the adapter or model, and a card, in output_dir.
 
     A folder with a configuration and no weights is trained from random weights. Weights are read
-    from safetensors only.
+    from safetensors only, and from the model's own folder.
 
     Raises:
-        ArgumentError: for arguments that do not fit together.
-        DataError: for a dataset that cannot be used.
+        ArgumentError: for arguments that do not fit together, and for a model that needs code of
+            its repository, without trust_remote_code.
+        DataError: for a dataset that cannot be used, and weights that an index names elsewhere.
     """
     if model.model_name_or_path is None:
         raise ArgumentError("model_name_or_path", None, "none is named", "Pass a folder or Hub id")
@@ -96,6 +99,7 @@ def _language_model(model: ModelConfig, training: LargeVocabSFTConfig) -> Any:
         **cast("dict[str, Any]", training.model_init_kwargs or {}),
     }
     training.model_init_kwargs = None  # used up here
+    check_shards(source, hub_options(options))
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if any(folder.glob("*model*.bin")):
@@ -105,12 +109,15 @@ def _language_model(model: ModelConfig, training: LargeVocabSFTConfig) -> Any:
                 "its weights are pickled",
                 "Save it with save_pretrained, which writes safetensors",
             )
-        config = AutoConfig.from_pretrained(source, trust_remote_code=training.trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        trusted = {"trust_remote_code": training.trust_remote_code}
+        with refused_code("model_name_or_path", source):
+            config = AutoConfig.from_pretrained(source, **trusted)
+            return AutoModelForCausalLM.from_config(config, dtype=model.dtype, **trusted)
     quantization = get_quantization_config(model)
     if quantization is not None:
         options["quantization_config"] = quantization
-    return AutoModelForCausalLM.from_pretrained(source, **options)
+    with refused_code("model_name_or_path", source):
+        return AutoModelForCausalLM.from_pretrained(source, **options)
 
 
 def _datasets(data: FinetuneDataArguments, seed: int) -> tuple[Dataset, Dataset]:

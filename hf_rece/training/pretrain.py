@@ -21,6 +21,7 @@ from transformers import (
 from hf_rece.data.text import load_text, token_blocks
 from hf_rece.errors import ArgumentError, DataError
 from hf_rece.files import write_text
+from hf_rece.models.settings import refused_code
 from hf_rece.training.args import LargeVocabTrainingArguments, json_object
 from hf_rece.training.publishing import LanguageModelFacts, readme_of_somebody
 from hf_rece.training.reporting import peak_mib
@@ -90,13 +91,14 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run code that comes with it.
 
     Raises:
-        ArgumentError: if `source` is empty.
+        ArgumentError: if `source` is empty, or needs code that is not to be run.
         DataError: for a file that is missing.
     """
     if not source:
         raise ArgumentError("tokenizer", source, "none is named", "Pass a folder, Hub id or file")
     if not source.endswith(".json"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with refused_code("tokenizer", source):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not Path(source).is_file():
         raise DataError(source, "no such file", "Check the path")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=source)

@@ -1,10 +1,12 @@
 """Fine-tuning from the shell: an adapter or a whole model, with a card, and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -127,3 +129,57 @@ def test_a_readme_of_somebody_survives_fine_tuning(base, tmp_path):
 def test_bad_arguments_are_named(base, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         cli.finetune([*words_for(base, tmp_path / "run"), *change])
+
+
+def spoil_index(folder):
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_shards(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change(path, **settings):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def need_code(folder):
+    own = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    change(folder / "config.json", model_type="evil", auto_map=own)
+
+
+def need_code_without_weights(folder):
+    need_code(folder)
+    (folder / "model.safetensors").unlink()
+
+
+def need_code_of_tokenizer(folder):
+    own = {"AutoTokenizer": ["evil.Evil", None]}
+    change(folder / "tokenizer_config.json", tokenizer_class="Evil", auto_map=own)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (spoil_index, DataError, r"names files elsewhere \(\.\./elsewhere"),
+        (lose_shards, DataError, "there is no model-00001-of-00002"),
+        (need_code, ArgumentError, "(model_name_or_path|tokenizer)=.*code that comes with it"),
+        (need_code_without_weights, ArgumentError, "code that comes with it"),
+        (need_code_of_tokenizer, ArgumentError, "tokenizer=.*code that comes with it"),
+    ],
+)
+def test_a_model_that_reaches_beyond_its_weights_is_refused(base, tmp_path, spoil, error, message):
+    folder = tmp_path / "model"
+    shutil.copytree(base / "model", folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    spoil(folder)
+    words = words_for(base, tmp_path / "run", "--model_name_or_path", str(folder))
+    with pytest.raises(error, match=message):
+        cli.finetune(words)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "run").exists()
