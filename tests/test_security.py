@@ -16,6 +16,7 @@ from transformers import AutoModel, LlamaConfig
 from hf_rece import ItemTokenizer, RecommenderConfig, RecommenderModel, SASRecConfig, cli
 from hf_rece.errors import ArgumentError, DataError, HfReceError, HubError
 from hf_rece.serving.item_index import INDEX_FILE, SETTINGS_FILE, ItemIndex
+from hf_rece.training.args import RecommenderTrainingArguments
 from tests.training.test_trainer import make_data, make_trainer
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_rece"
@@ -438,3 +439,17 @@ def test_what_the_hub_s_client_says_of_its_headers_shows_no_token(token):
 def test_names_that_look_like_tokens_are_shown():
     shown = "hf_rece.serving.item_index_of_everything and hf_of_user"
     assert shown in str(HubError(shown, "a", "b"))
+
+
+@pytest.mark.parametrize("token", [f"{TOKEN}\n", f" {TOKEN}", f"{TOKEN}é"])
+@pytest.mark.parametrize("kind", ["push", "load", "arguments"])
+def test_a_token_that_cannot_be_sent_is_refused_unseen(kind, token, tmp_path):
+    use = {
+        "push": lambda: RecommenderModel(CONFIG).push_to_hub("user/shop", token=token),
+        "load": lambda: RecommenderModel.from_pretrained("user/shop", token=token),
+        "arguments": lambda: RecommenderTrainingArguments(str(tmp_path), hub_token=token),
+    }[kind]
+    with pytest.raises(ArgumentError, match=r"token='\.\.\.': it holds characters") as caught:
+        use()
+    assert TOKEN not in str(caught.getrepr(style="long", showlocals=False))
+    assert caught.value.__cause__ is None

@@ -38,6 +38,25 @@ def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in _OPTIONS if name in given}
 
 
+def check_token(argument: str, token: object) -> None:
+    """Check that a token of the Hub can be sent: HTTP clients show what they cannot send.
+
+    Args:
+        argument: that it was passed as.
+        token: text, or anything else that huggingface_hub takes.
+
+    Raises:
+        ArgumentError: for text with a line break, a blank, or what is not ASCII; does not show it.
+    """
+    if isinstance(token, str) and not all("!" <= letter <= "~" for letter in token):
+        raise ArgumentError(
+            argument,
+            "...",
+            "it holds characters that no token has, such as a line break",
+            "Pass it stripped of them",
+        )
+
+
 def check_is_recommender(source: str, model_type: str, hub: Mapping[str, Any]) -> None:
     """Check that `source` holds a model of a type.
 

@@ -38,6 +38,7 @@ from hf_rece.models.loading import (
     check_shapes,
     check_shards,
     check_sizes,
+    check_token,
     clear_loading_errors,
     damaged_settings,
     hub_options,
@@ -152,8 +153,10 @@ class PublishedRecommender(ShardedCheckpoints):
             The commit's description, as HfApi.create_commit.
 
         Raises:
+            ArgumentError: for a token that cannot be sent.
             HubError: if the Hub refuses; then nothing is published.
         """
+        check_token("token", token)
         if self.vocab_shards is not None and not self.vocab_shards.is_main:
             self._save_without_card("", is_main_process=False)  # sends its rows
             return None
@@ -191,12 +194,13 @@ class PublishedRecommender(ShardedCheckpoints):
 
         Raises:
             ArgumentError: if there is no such repository or revision, if it holds another model, or
-                more items than the model has rows.
+                more items than the model has rows; for a token that cannot be sent.
             DataError: if a file is damaged, or the weights do not fit the configuration.
         """
         if pretrained_model_name_or_path is None:  # from a configuration and weights at hand
             return super().from_pretrained(None, *args, **kwargs)
         source, hub = str(pretrained_model_name_or_path), hub_options(kwargs)
+        check_token("token", hub.get("token"))
         kwargs.setdefault("use_safetensors", True)
         if Path(source).is_dir():
             finish_files(source, CONFIG_NAME, replaced=WEIGHTS)

@@ -13,6 +13,7 @@ from hf_rece.errors import ArgumentError
 from hf_rece.losses import build_loss
 from hf_rece.losses.budget import MEMORY_BUDGET, check_budget
 from hf_rece.losses.checks import check_at_least, check_choice, check_flag
+from hf_rece.models.loading import check_token
 
 NONFINITE_LOSS = ("stop", "skip")
 
@@ -24,8 +25,8 @@ class LargeVocabTrainingArguments(TrainingArguments):
     With metric_for_best_model="eval_perplexity", lower is better, unless greater_is_better is set.
 
     Raises:
-        ArgumentError: for an unknown loss or knob, knobs without a loss, two memory budgets, or
-            nonfinite_loss="skip" with DeepSpeed.
+        ArgumentError: for an unknown loss or knob, knobs without a loss, two memory budgets,
+            nonfinite_loss="skip" with DeepSpeed, or a hub_token that cannot be sent.
     """
 
     loss_type: str | None = field(
@@ -58,6 +59,7 @@ class LargeVocabTrainingArguments(TrainingArguments):
         # Trainer takes every metric for one to maximise, unless its name ends in "loss".
         if self.greater_is_better is None and _is_perplexity(self.metric_for_best_model):
             self.greater_is_better = False
+        check_token("hub_token", self.hub_token)
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # Accelerate would take the last seed that anybody set

@@ -21,7 +21,7 @@ _SUMMED = ("loss", "entropy", "mean_token_accuracy")
 
 
 def refuse_logits(args: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """Refuse what would call a model for its logits, around its head.
+    """Refuse what would ask a model without logits for them.
 
     Args:
         args: training arguments.
@@ -41,7 +41,7 @@ def refuse_logits(args: TrainingArguments, given: Mapping[str, Any]) -> None:
         raise ArgumentError(
             name,
             getattr(args, name, "given"),
-            "there are no logits when the head is replaced",
+            "there are no logits",
             "Leave it out; compute_metrics gets predicted ids and ranks",
         )
 

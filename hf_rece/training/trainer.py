@@ -140,7 +140,8 @@ class RecommenderTrainer(StreamedTraining, VocabParallel, RecordedRun, LargeVoca
             processing_class to the model's tokenizer.
 
     Raises:
-        ArgumentError: as LargeVocabTrainer, or if an evaluation dataset has no target_id.
+        ArgumentError: as LargeVocabTrainer and refuse_logits, or if an evaluation dataset has no
+            target_id.
     """
 
     args: RecommenderTrainingArguments
@@ -161,6 +162,7 @@ class RecommenderTrainer(StreamedTraining, VocabParallel, RecordedRun, LargeVoca
                 f"the model reads {longest} items at most",
                 f"Pass {longest} or less, or a model with more positions",
             )
+        refuse_logits(args, {})
         kwargs.setdefault("data_collator", SequenceCollator(args.max_length))
         own = kwargs.get("compute_metrics")
         kwargs["compute_metrics"] = self._ranking_metrics if own is None else _with_loss(own)

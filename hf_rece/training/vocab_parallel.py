@@ -24,6 +24,8 @@ from hf_rece.ops.shards import VocabShards
 
 # Beside optimizer.pt, which holds the state of all other parameters.
 MOMENTS_NAME = "optimizer_of_vocabulary.safetensors"
+# They treat each number by itself: a row gets the same step whoever holds the others.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 
 
 class VocabParallel(Trainer):
@@ -146,7 +148,10 @@ class VocabParallel(Trainer):
                 own = shards if id(parameter) in cut else None
                 state = dict(states.get(index, {}))
                 if own is not None:
-                    state = {key: own.cut(value) for key, value in state.items()}
+                    state = {
+                        key: own.cut(value) if isinstance(value, Tensor) else value
+                        for key, value in state.items()
+                    }
                 prefix = f"{names[id(parameter)]}."
                 for name in reader.names:
                     key = name.removeprefix(prefix)
@@ -163,7 +168,8 @@ def cut_as_asked(model: Any, args: Any) -> None:
 
     Raises:
         ArgumentError: for a model that is no RecommenderModel, or cannot be cut; with FSDP,
-            DeepSpeed, and fp16, whose scaler looks at each process alone.
+            DeepSpeed, and fp16, whose scaler looks at each process alone; with an optimizer, such
+            as adafactor, whose step for a row depends on other rows.
     """
     if getattr(args, "vocab_parallel", False):
         if not isinstance(model, RecommenderModel):
@@ -181,6 +187,14 @@ def cut_as_asked(model: Any, args: Any) -> None:
                 "does not go with a vocabulary that is cut over processes",
                 "Train with DDP, in float32 or bf16, or leave vocab_parallel out",
             )
+    optim = getattr(args, "optim", OPTIMIZERS[0])
+    if optim not in OPTIMIZERS:
+        raise ArgumentError(
+            "optim",
+            str(getattr(optim, "value", optim)),
+            "does not go with a vocabulary that is cut over processes: it would take other steps",
+            f"Pass one of {', '.join(OPTIMIZERS)}",
+        )
 
 
 @torch.no_grad()

@@ -256,6 +256,11 @@ def test_histories_longer_than_the_model_reads_are_refused(data, tmp_path):
         make_trainer(data, tmp_path, max_length=21)
 
 
+def test_label_smoothing_is_refused(data, tmp_path):
+    with pytest.raises(ArgumentError, match=r"label_smoothing_factor=0\.1: there are no logits"):
+        make_trainer(data, tmp_path, label_smoothing_factor=0.1)
+
+
 def test_a_model_that_is_none_of_transformers_is_refused(tmp_path):
     arguments = LargeVocabTrainingArguments(
         output_dir=str(tmp_path), loss_type="rece", use_cpu=True

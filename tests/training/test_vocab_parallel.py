@@ -293,7 +293,7 @@ def test_frozen_rows_are_no_part_of_the_norm():
 
 def refused(rank, folder):
     data, found = make_data(), {}
-    for name, value in (("fsdp", "full_shard"), ("fp16", True)):
+    for name, value in (("fsdp", "full_shard"), ("fp16", True), ("optim", "adafactor")):
         model = make_trainer(data, folder, 2, max_steps=1).model
         arguments = SimpleNamespace(**{"vocab_parallel": True, name: value})
         with pytest.raises(ArgumentError) as caught:
@@ -327,7 +327,7 @@ def test_ddp_trains_the_rest_and_the_optimizer_has_own_rows(of_two):
     assert first["rows"] + second["rows"] == len(make_data()[0])
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fp16", "Linear", "sparsity"])
+@pytest.mark.parametrize("name", ["fsdp", "fp16", "optim", "Linear", "sparsity"])
 def test_what_does_not_go_together_is_refused(of_two, name):
     for found in of_two:
         assert ("cut" in found[name]) or ("whole weights" in found[name])
