@@ -50,6 +50,7 @@ _MANIFEST = {
 }  # fmt: skip
 _SPLIT = {"rows": int, "interactions": int, "shards": list}
 _SHARD = {"file": str, "rows": int, "bytes": int, "sha256": str}
+_TYPES = {HISTORY: pa.list_(pa.int32()), TARGET: pa.int32()}
 _AGAIN, _ANEW = "Run hf-rece prepare again", "Copy it again, or prepare it again with overwrite"
 Row = dict[str, Any]
 
@@ -386,6 +387,10 @@ def _row_groups(folder: Path, shard: Mapping[str, Any]) -> list[RowGroup]:
         raise DataError(path.name, f"not a Parquet file: {error}", _ANEW) from error
     if metadata.num_rows != shard["rows"] or not {USER, HISTORY} <= set(columns.names):
         raise DataError(path.name, f"other rows or columns than {MANIFEST} says", _ANEW)
+    for name in _TYPES.keys() & set(columns.names):
+        kind = columns.field(name).type
+        if kind != _TYPES[name]:
+            raise DataError(path.name, f"{name} holds {kind}, not {_TYPES[name]}", _ANEW)
     groups = [
         RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
     ]

@@ -85,7 +85,7 @@ class FiniteSteps(Trainer):
         broken = self.accelerator.reduce(
             torch.tensor([float(bool(weights))], device=self.args.device), "sum"
         )
-        problem = self._problem(model, weights)
+        problem = self._problem(model, weights, is_elsewhere=bool(broken))
         if self.args.nonfinite_loss == "skip" and not bool(broken):
             self.state.log_history.append({"step": step, SKIPPED: self.skipped_steps + 1})
             logger.warning(f"Step {step} is skipped: {problem}.")
@@ -98,11 +98,13 @@ class FiniteSteps(Trainer):
             'in place of fp16, or nonfinite_loss="skip" if it is one bad batch',
         )
 
-    def _problem(self, model: nn.Module, weights: list[str]) -> str:
+    def _problem(self, model: nn.Module, weights: list[str], *, is_elsewhere: bool) -> str:
         losses, states, _ = self._n_bad
         n_processes = self.args.world_size
         if weights:
             return f"the weights {_shown(weights)} are not finite"
+        if is_elsewhere:  # of a vocabulary, or a model, that is cut
+            return "weights that other processes hold are not finite"
         if losses or states:
             where = f" in {states or losses} of {n_processes} processes" if n_processes > 1 else ""
             if states:

@@ -11,6 +11,8 @@ from hashlib import sha256
 from multiprocessing import get_context
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
@@ -486,6 +488,23 @@ def test_shards_of_other_rows_or_columns_are_named(prepared, tmp_path):
     put(manifest, 10**6, *FIRST_SHARD, "rows")
     (tmp_path / "prepared.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="other rows or columns"):
+        open_prepared(tmp_path).split("test")
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [("item_ids", pa.list_(pa.float64())), ("target_id", pa.string())]
+)
+def test_shards_of_other_types_are_named(column, kind, prepared, tmp_path):
+    shutil.copytree(prepared.path, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads(json.dumps(prepared.manifest))
+    shard = manifest["splits"]["test"]["shards"][0]
+    path = tmp_path / "data" / shard["file"]
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, table[column].cast(kind)), path)
+    shard["bytes"] = path.stat().st_size
+    (tmp_path / "prepared.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"{shard['file']}: {column} holds .*, not "):
         open_prepared(tmp_path).split("test")
 
 

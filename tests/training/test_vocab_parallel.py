@@ -8,7 +8,7 @@ import torch
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.splits import leave_one_out_split
 from hf_rece.data.synthetic import generate_interactions
-from hf_rece.errors import ArgumentError
+from hf_rece.errors import ArgumentError, NonfiniteError
 from hf_rece.models.recommender import RecommenderModel
 from hf_rece.models.recommender_config import RecommenderConfig
 from hf_rece.models.sasrec import SASRecConfig
@@ -308,6 +308,11 @@ def refused(rank, folder):
     found["rows"] = trainer.optimizer.state[table]["exp_avg"].shape[0]
     found["wrapper"] = type(trainer.model_wrapped).__name__
     found["backbone"] = float(trainer.model.backbone.norm.weight.double().sum())
+    if rank == 1:
+        table.data[0] = torch.nan
+    with pytest.raises(NonfiniteError) as caught:
+        trainer.train()
+    found["not finite"] = str(caught.value)
     callback = DynamicSparsityCallback(0.5)
     with pytest.raises(ArgumentError) as caught:
         callback.on_init_end(trainer.args, None, None, model=trainer.model)
@@ -325,6 +330,12 @@ def test_ddp_trains_the_rest_and_the_optimizer_has_own_rows(of_two):
     assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
     assert first["backbone"] == second["backbone"]
     assert first["rows"] + second["rows"] == len(make_data()[0])
+
+
+def test_whoever_holds_weights_that_are_not_finite_names_them(of_two):
+    first, second = (found["not finite"] for found in of_two)
+    assert "step 1: weights that other processes hold are not finite" in first
+    assert "embed_tokens.weight are not finite" in second
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fp16", "optim", "Linear", "sparsity"])
