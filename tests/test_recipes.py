@@ -198,7 +198,7 @@ def test_fuzzing_fails_with_a_property(outcome, monkeypatch, tmp_path):
     import fuzz
 
     monkeypatch.setattr(fuzz, "FOLDER", tmp_path)
-    monkeypatch.setattr(fuzz, "environment", dict)
+    monkeypatch.setattr(fuzz, "environment", lambda: {"commit": "0123"})
     monkeypatch.setattr(fuzz, "RESULT", tmp_path / "fuzz.json")
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "7"])
     if outcome == "holds":
@@ -208,7 +208,8 @@ def test_fuzzing_fails_with_a_property(outcome, monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match=rf"test_it.py: {name}"):
             fuzz.main()
     found = json.loads((tmp_path / "fuzz.json").read_text())["files"]["it"]
-    assert found["test_right"]["outcome"] == "passed"
+    assert found["commit"] == "0123"
+    assert found["properties"]["test_right"]["outcome"] == "passed"
 
 
 def test_results_hold_no_path():

@@ -82,11 +82,12 @@ class LMAEmbedding(nn.Module):
             raise ArgumentError(
                 "n_keys", n_keys, f"signatures have 1 to {MOST_KEYS} keys", "Pass 0 for none"
             )
+        own = signatures is None
         if signatures is not None:
             _check_signatures(signatures, num_embeddings)
             n_keys = signatures.shape[1]
         elif n_keys:
-            signatures = torch.from_numpy(own_keys(np.arange(num_embeddings), n_keys, seed))
+            signatures = torch.empty(num_embeddings, n_keys, dtype=torch.int16)
         self.n_keys = n_keys
         if n_keys and not 1 <= n_hashes <= n_keys:
             raise ArgumentError(
@@ -96,6 +97,8 @@ class LMAEmbedding(nn.Module):
         self.register_buffer("signatures", signatures)
         self.memory = nn.Parameter(torch.empty(self.n_cells))
         self.reset_parameters(std)
+        if own:
+            self.reset_identity()
 
     def reset_parameters(self, std: float) -> None:
         """Draw the memory anew, normal with standard deviation `std`."""
@@ -104,7 +107,7 @@ class LMAEmbedding(nn.Module):
     @torch.no_grad()
     def reset_identity(self) -> None:
         """Make every item cold, where there are signatures."""
-        if self.signatures is not None:
+        if self.signatures is not None and not self.signatures.is_meta:
             keys = own_keys(np.arange(self.num_embeddings), self.n_keys, self.seed)
             self.signatures.copy_(torch.from_numpy(keys))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 _ROUNDING_DEVICES = ("cuda",)
 _STEP = 64
+# A result of more numbers is not copied: that takes more memory than a program of oneDNN's.
+_COPIED = 2**22
 
 
 def recurring(n: int) -> int:
@@ -74,15 +76,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         n, m = len(left), len(right)
         # oneDNN keeps a program of a megabyte for every shape that it has met, and steps differ in
         # their number of tokens.
-        if recurring(n) > n or recurring(m) > m:
-            return product(_padded(left), _padded(right))[:n, :m].contiguous()
+        columns = recurring(m) if n * m <= _COPIED else m
+        if recurring(n) > n or columns > m:
+            found = product(_padded(left, recurring(n)), _padded(right, columns))
+            return found[:n, :m].contiguous()  # without a copy where only rows were added
         # torch.mm calls MKL, which runs at half of this speed on processors of other makers.
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
     return left @ right.T
 
 
-def _padded(matrix: Tensor) -> Tensor:
-    more = recurring(len(matrix)) - len(matrix)
+def _padded(matrix: Tensor, n_rows: int) -> Tensor:
+    more = n_rows - len(matrix)
     return torch.cat([matrix, matrix.new_zeros(more, matrix.shape[1])]) if more else matrix
 
 

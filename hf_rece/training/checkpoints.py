@@ -83,42 +83,54 @@ class WholeCheckpoints(Trainer):
             WriteError: if the disk is full; checkpoints written before are as they were.
         """
         self._in_turn(lambda: _put_back(Path(str(self.args.output_dir))))
-        if str(resume_from_checkpoint).lower() == "true":
-            resume_from_checkpoint = self._checkpoint_of_first_process()
-        elif resume_from_checkpoint:
-            problem = self._problem_of(Path(str(resume_from_checkpoint)))
-            if problem is not None:
-                raise ArgumentError(
-                    "resume_from_checkpoint",
-                    resume_from_checkpoint,
-                    problem,
-                    "Pass another, or True for the newest that is whole",
-                )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_of_first_process(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _checkpoint_of_first_process(self) -> str | bool:
-        """Return the newest whole checkpoint: one process looks, and tells all others. Collective.
+    def _checkpoint_of_first_process(self, wanted: str | bool) -> str | bool:
+        """Return the checkpoint to resume from: one process looks, and tells all. Collective.
+
+        Args:
+            wanted: folder of a checkpoint; True or "true" for the newest that is whole.
 
         Raises:
-            ArgumentError: in all of them, if it found checkpoints, and none that is whole.
+            ArgumentError: in all of them, if it found that one damaged, or none that is whole.
+            OSError: in it, and ArgumentError in the others, if it cannot read what is there.
         """
-        step, error = _NONE, None
+        takes_newest = str(wanted).lower() == "true"
+        step = _NONE
+        error: Exception | None = None
         if self.is_world_process_zero():
             try:
-                newest = self._newest_whole_checkpoint()
-                step = int(newest.rpartition("-")[2]) if isinstance(newest, str) else _NONE
-            except ArgumentError as found:
+                if takes_newest:
+                    newest = self._newest_whole_checkpoint()
+                    step = int(newest.rpartition("-")[2]) if isinstance(newest, str) else _NONE
+                else:
+                    self._check(Path(str(wanted)))
+            except (ArgumentError, OSError) as found:
                 step, error = _DAMAGED, found
         step = int(broadcast(torch.tensor([step], device=self.args.device))[0])
         if step == _DAMAGED:
             raise error or ArgumentError(
                 "resume_from_checkpoint",
-                True,
-                "the first process found none that is whole",
+                wanted,
+                f"the first process found {'none that is whole' if takes_newest else 'it damaged'}",
                 "Read what it says",
             )
+        if not takes_newest:
+            return wanted
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         return True if step == _NONE else str(folder)
+
+    def _check(self, checkpoint: Path) -> None:
+        problem = self._problem_of(checkpoint)
+        if problem is not None:
+            raise ArgumentError(
+                "resume_from_checkpoint",
+                str(checkpoint),
+                problem,
+                "Pass another, or True for the newest that is whole",
+            )
 
     def _newest_whole_checkpoint(self) -> str | bool:
         """Return the folder of one; True where there are none, for Trainer to say so."""

@@ -4,8 +4,9 @@
     python recipes/benchmarks/fuzz.py --cases 500 --only losses
 
 Each file of properties runs in a process of its own, on one thread. A property that fails is shown
-with the smallest case that makes it fail, and noted. Writes results/fuzz.json after each file, and
-exits with 1 if a property failed, or ended before its cases and its time.
+with the smallest case that makes it fail, and noted. Writes results/fuzz.json after each file,
+where what is known of the other files stays, and exits with 1 if a property failed, or ended
+before its cases and its time.
 """
 
 import argparse
@@ -112,8 +113,9 @@ def main() -> None:
             found_here = [f"pytest ended with {done.returncode}"]
         problems += [f"{file.name}: {problem}" for problem in found_here]
         found = json.loads(RESULT.read_text())["files"] if RESULT.exists() else {}
-        found[name] = counts
-        record = {**environment(), "cases_asked": args.cases, "minutes_at_most": args.minutes}
+        here = environment()
+        found[name] = {"commit": here["commit"], "properties": counts}
+        record = {**here, "cases_asked": args.cases, "minutes_at_most": args.minutes}
         RESULT.write_text(json.dumps({**record, "files": found}, indent=1) + "\n")
     if problems:
         sys.exit("\n".join(problems))

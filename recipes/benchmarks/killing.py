@@ -5,7 +5,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -45,6 +46,42 @@ class JobFailedError(Exception):
 
 def forked(job: Callable[[], None], seconds: float | None = None) -> bool:
     """Run a job in a process of its own, kill it after some seconds; return whether it ended."""
+    return forked_together([job], seconds)
+
+
+def forked_together(
+    jobs: Sequence[Callable[[], None]], seconds: float | None = None, apart: float = 0.0
+) -> bool:
+    """Run jobs, each in a process of its own; return whether all ended.
+
+    After some seconds they are killed in their order. The first dies by itself: so many seconds
+    pass until the others do, as a launcher needs some time to see it.
+
+    Raises:
+        JobFailedError: if a job ended by an error of its own before that.
+    """
+    children = [start(job) for job in jobs]
+    end = time.perf_counter() + (3600 if seconds is None else seconds)
+    left = list(children)
+    while left and time.perf_counter() < end:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                left.remove(child)
+                if status:
+                    kill(left)
+                    raise JobFailedError
+        time.sleep(0.001)
+    if not left:
+        return True
+    kill(left[:1])
+    time.sleep(apart)
+    kill(left[1:])
+    return False
+
+
+def start(job: Callable[[], None]) -> int:
+    """Run a job in a process of its own; return its id."""
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -54,18 +91,17 @@ def forked(job: Callable[[], None], seconds: float | None = None) -> bool:
             job()
             status = 0
         finally:
-            os._exit(status)
-    end = time.perf_counter() + (3600 if seconds is None else seconds)
-    while time.perf_counter() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
             if status:
-                raise JobFailedError
-            return True
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+                traceback.print_exc()
+            os._exit(status)
+    return child
+
+
+def kill(children: Sequence[int]) -> None:
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 def saving(folder: Path) -> Job:

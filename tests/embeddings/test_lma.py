@@ -138,3 +138,9 @@ def test_signatures_are_replaced_only_where_there_are_some():
         table.set_signatures(signatures[:, :3])
     with pytest.raises(ArgumentError, match="hashes ids"):
         LMAEmbedding(60, 3, compression=2).set_signatures(signatures)
+
+
+def test_a_table_without_storage_takes_no_memory():
+    with torch.device("meta"):
+        table = LMAEmbedding(10**12, 8, n_cells=10, n_keys=2)
+    assert table.signatures.shape == (10**12, 2)

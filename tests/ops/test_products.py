@@ -51,6 +51,22 @@ def test_the_library_meets_recurring_shapes_alone():
     assert len(shapes) == 15
 
 
+def test_a_large_result_is_not_copied(monkeypatch):
+    monkeypatch.setattr(products, "_COPIED", 100)
+    shapes = []
+    monkeypatch.setattr(products, "_onednn_serves", lambda *_: True)
+    monkeypatch.setattr(
+        products.torch.ops.mkldnn,
+        "_linear_pointwise",
+        lambda left, right, *_: shapes.append((len(left), len(right))) or left @ right.T,
+        raising=False,
+    )
+    found = product(torch.ones(3, 2), torch.ones(63, 2))
+    assert shapes == [(4, 63)]
+    assert found.shape == (3, 63)
+    assert found.untyped_storage().nbytes() == 4 * 4 * 63
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_added_up_in_float32(dtype):
     left, right = torch.randn(3, 40, 300).to(dtype), torch.randn(3, 50, 300).to(dtype)

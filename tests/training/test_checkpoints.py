@@ -318,23 +318,26 @@ def chosen(rank, folder):
     assert trainer.accelerator.num_processes == 2
     if rank:
         trainer._problem_of = lambda checkpoint: "not seen yet"
-    found = [trainer._checkpoint_of_first_process()]
+    named = f"{folder}/checkpoint-4"
+    found = [trainer._checkpoint_of_first_process(wanted) for wanted in (True, named)]
     if not rank:
         trainer._problem_of = lambda checkpoint: "damaged"
-    try:
-        trainer._checkpoint_of_first_process()
-    except ArgumentError as error:
-        found.append(str(error))
+    for wanted in (True, named):
+        with pytest.raises(ArgumentError) as caught:
+            trainer.train(resume_from_checkpoint=wanted)
+        found.append(str(caught.value))
     return found
 
 
 def test_all_processes_resume_from_what_the_first_one_sees(saved):
     folder = str(saved[0])
     first, second = in_processes(chosen, 2, folder)
-    assert first[0] == second[0] == f"{folder}/checkpoint-6"
-    assert "checkpoint-6: damaged" in first[1]
-    assert "None" in first[1]
-    assert "the first process found none that is whole" in second[1]
+    assert first[:2] == second[:2] == [f"{folder}/checkpoint-6", f"{folder}/checkpoint-4"]
+    assert "checkpoint-6: damaged" in first[2]
+    assert "None" in first[2]
+    assert "the first process found none that is whole" in second[2]
+    assert "checkpoint-4': damaged" in first[3]
+    assert "the first process found it damaged" in second[3]
 
 
 def test_other_processes_remove_nothing(data, tmp_path):
