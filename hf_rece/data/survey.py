@@ -140,12 +140,19 @@ def read_batches(file: LogFile, survey: Survey) -> Iterator[pl.DataFrame]:
     """Yield a file piece by piece: user_id, item_id, timestamp in the types of the survey.
 
     Raises:
-        DataError: if it cannot be read, a value is null, or an id or a time is none.
+        DataError: if not all of it can be read, a value is null, or an id or a time is none.
     """
     first_row = 0
     for batch in _raw_batches(file):
         yield _typed(batch, file, survey, first_row)
         first_row += len(batch)
+    # Over some damaged Parquet files polars prints why, and ends as if it were done.
+    if first_row != file.rows:
+        raise DataError(
+            file.name,
+            f"damaged: {first_row:,} of its {file.rows:,} rows can be read",
+            "Copy or download it again",
+        )
 
 
 def _look_at(path: Path, named: dict[str, str | None], separator: str | None) -> LogFile:

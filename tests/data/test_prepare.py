@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from hf_rece import files as files_of_rece
+from hf_rece.data import survey
 from hf_rece.data.interactions import k_core_filter, load_interactions
 from hf_rece.data.item_tokenizer import ItemTokenizer
 from hf_rece.data.prepare import prepare_log
@@ -320,6 +321,17 @@ def test_a_pattern_without_files_is_named(tmp_path):
 def test_a_file_that_cannot_be_used_is_named(files, damage, message, tmp_path):
     damage(tmp_path / "log" / "2.parquet")
     with pytest.raises(DataError, match=message):
+        prepare_log(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_which_rows_are_missing_is_named(files, tmp_path, monkeypatch):
+    def all_but_the_last_of_it(file):
+        yield from (batch.head(-1) for batch in raw_batches(file))
+
+    raw_batches = survey._raw_batches
+    monkeypatch.setattr(survey, "_raw_batches", all_but_the_last_of_it)
+    with pytest.raises(DataError, match=r"0\.parquet: damaged: ([\d,]+) of its [\d,]+ rows can be"):
         prepare_log(files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
