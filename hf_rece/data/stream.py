@@ -96,14 +96,20 @@ class SequenceStream(IterableDataset[Row]):
         index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         first, self._resume = self._first_of(index, step), {}
         order = self.order()
+        self._progress = self._state(first, step)
         for position in range(first, len(self), step):
             self._progress = self._state(position + step, step)
             yield order[position]
-        self._progress = {}
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the iteration stands in this process, or in this worker."""
-        return self._progress or self._state(0, 1)
+        """Return where the iteration stands in this process, or in this worker.
+
+        After the last row it stands at the end of the epoch, until another one is set.
+        """
+        for state in (self._resume, self._progress):
+            if state.get("epoch") == self.epoch:
+                return {"step": 1, **state}
+        return self._state(0, 1)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on, in the next iteration, where the state was taken.

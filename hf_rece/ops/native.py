@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rece.files import sync
+
 # Wider blocks leave the cache, and torch's products of wide vectors hide the calls between them.
 MAX_WIDTH = 256
 # kTokens, kClasses and kTaskClasses of kernels.cpp.
@@ -127,7 +129,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(command)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # Runtime: no home
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
             f"backend 'native' is left out, as {SOURCE.name} could not be compiled: {detail}",
@@ -158,6 +160,7 @@ def _compiled(command: str) -> Path:
             subprocess.run(
                 [command, *words], capture_output=True, text=True, timeout=_SECONDS, check=True
             )
+        sync(linked)  # what a power cut leaves half written would be taken for the library
         linked.replace(target)
     return target
 

@@ -100,6 +100,29 @@ def test_a_stream_goes_on_where_its_state_was_taken(stream, position, world_size
     assert users(resumed) == users(whole)  # the next epoch is whole again
 
 
+def test_a_state_taken_before_the_first_row_is_the_one_that_was_loaded(stream):
+    state = {"epoch": 2, "position": 41, "step": 1}
+    stream.load_state_dict(state)
+    assert stream.state_dict() == state
+    wanted = users(stream)
+    stream.load_state_dict(state)
+    stream.load_state_dict(stream.state_dict())
+    assert users(stream) == wanted
+    assert len(wanted) == len(stream) - 41
+
+
+def test_after_an_epoch_its_state_repeats_no_row(stream):
+    assert len(users(stream)) == len(stream)
+    at_end = stream.state_dict()
+    stream.set_epoch(1)
+    assert stream.state_dict() == {"epoch": 1, "position": 0, "step": 1}
+    wanted = users(stream)
+    stream.load_state_dict(at_end)
+    assert users(stream) == []
+    stream.set_epoch(1)
+    assert users(stream) == wanted
+
+
 def test_a_place_holds_for_its_epoch_alone(stream):
     stream.load_state_dict({"epoch": 0, "position": 60})
     stream.set_epoch(1)

@@ -209,6 +209,19 @@ def test_a_compiler_that_fails_is_told_once_and_torch_serves(monkeypatch, tmp_pa
 
 @needs_kernels
 @pytest.mark.usefixtures("fresh_library")
+def test_a_user_without_a_home_is_served_by_torch(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    with pytest.warns(UserWarning, match="home directory"):
+        kernel = choose_kernel("auto", torch.ones(2, 2), DenseRows(torch.ones(3, 2)))
+    assert kernel is stream_torch
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_library")
 def test_kernels_are_compiled_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.library() is not None
