@@ -518,7 +518,7 @@ def findings(folder, world):
         )  # fmt: skip
         assert trainer.args.world_size == world
         entries = [*log, {**trainer.evaluate()}] if name != "packed" else [trainer.evaluate()]
-        timed = ("runtime", "per_second", "epoch")
+        timed = ("runtime", "per_second", "epoch", "peak_mib")
         found[name] = [
             {k: v for k, v in entry.items() if not k.endswith(timed)} for entry in entries
         ]
