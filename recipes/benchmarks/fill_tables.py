@@ -37,6 +37,15 @@ TRAININGS = {
     "sce": "**`sce`**",
 }
 
+ITEM_TABLES = {
+    "dense": "dense",
+    "qr_mult": 'quotient-remainder, "mult"',
+    "qr_add": 'quotient-remainder, "add"',
+    "qr_concat": 'quotient-remainder, "concat"',
+    "codes": '8 codes, "concat"',
+    "lma": "LMA, 8 keys",
+    "hashing": "plain hashing (LMA, no keys)",
+}
 HEADS = {
     "dense": "dense (transformers)",
     "trl": "TRL, fused head",
@@ -127,6 +136,45 @@ def llm() -> Iterator[tuple[str, ...]]:
         )
 
 
+def lmlosses() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: memory and time of loss and backward at a language model's shape."""
+    trained, frozen = (
+        read(f"losses_2048_151936_896{kind}.json")["losses"] for kind in ("", "_frozen")
+    )
+    yield (
+        *("loss", "trainable: extra MiB", "time / dense"),
+        *("frozen: extra MiB", "time / exact"),
+    )
+    for name in trained:
+        cells = memory_and_time(trained, name, "dense")
+        others = memory_and_time(frozen, name, "cross_entropy") if name in frozen else ("", "")
+        yield LOSSES[name], *cells, *others
+
+
+def tables() -> Iterator[tuple[str, ...]]:
+    """Yield head and rows: whole training steps over item tables of a sixteenth of the size."""
+    large, small = (read(f"tables_4096_{n}_64.json")["runs"] for n in ("10000000", "100000"))
+    large |= read("tables_4096_10000000_64_add.json")["runs"]
+    yield (
+        *("table, 16x", "C=10,000,000: state MiB", "fewer"),
+        *("peak MiB, `stratified`", "peak MiB, `rece`"),
+        *("C=100,000: time / dense, exact", "`rece`", "`sce`", "`stratified`"),
+    )
+    state = large["rece, dense"]["state_mib"]
+    for name, label in ITEM_TABLES.items():
+        own = large[f"rece, {name}"]["state_mib"]
+        peaks = (large[f"{loss}, {name}"]["extra_peak_mib"] for loss in ("stratified", "rece"))
+        ratios = (
+            small[f"{loss}, {name}"]["seconds"] / small[f"{loss}, dense"]["seconds"]
+            for loss in ("cross_entropy", "rece", "sce", "stratified")
+        )
+        yield (
+            *(label, f"{own:,.0f}", f"{state / own:.1f}"),
+            *(f"{peak:,.0f}" for peak in peaks),
+            *(f"{ratio:.2f}" for ratio in ratios),
+        )
+
+
 def scale() -> Iterator[tuple[str, ...]]:
     """Yield head and rows: simulated memory and time of a step; in italics what does not fit."""
     record = read("scale.json")
@@ -152,7 +200,10 @@ def scale() -> Iterator[tuple[str, ...]]:
         yield label, *cells
 
 
-TABLES = {"losses": losses, "training": training, "llm": llm, "scale": scale}
+TABLES = {
+    "losses": losses, "training": training, "lmlosses": lmlosses, "llm": llm, "tables": tables,
+    "scale": scale,
+}  # fmt: skip
 
 
 def read(name: str) -> Any:
