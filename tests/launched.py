@@ -67,7 +67,7 @@ def launch(jobs, n_processes, folder, config="ddp.yaml", *options):
         jobs: by name, a recipe and its words.
         n_processes: processes to start.
         folder: empty.
-        config: in recipes/accelerate.
+        config: in recipes/accelerate; None for torchrun, without Accelerate's own launcher.
         options: of this script.
     """
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -76,7 +76,7 @@ def launch(jobs, n_processes, folder, config="ddp.yaml", *options):
         **os.environ, "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }  # fmt: skip
-    if "deepspeed" in options:
+    if config is None:
         # Told to use the CPU, Accelerate takes DDP in DeepSpeed's place.
         command = [
             "torch.distributed.run",

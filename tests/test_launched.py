@@ -89,7 +89,7 @@ STARTS = {
     "two": (2, "ddp.yaml", (), "DistributedDataParallel"),
     "four": (4, "ddp.yaml", (), "DistributedDataParallel"),
     "cut over two": (2, "fsdp2.yaml", ("fsdp",), "FSDP"),
-    "zero3": (2, "ddp.yaml", ("deepspeed",), "DeepSpeedEngine"),
+    "zero3": (2, None, ("deepspeed",), "DeepSpeedEngine"),
 }
 QUICK = ("train", "pretrain")  # TRL takes long to import
 # DeepSpeed draws a new language model's weights in an order of its own.
@@ -107,13 +107,12 @@ ZERO3 = {
 }
 
 
-def started_by(start):
-    """Return the marks of the tests of a way to start."""
-    marks = [] if start == "two" else [pytest.mark.slow]
-    if start == "zero3":
-        missing = importlib.util.find_spec("deepspeed") is None
-        marks.append(pytest.mark.skipif(missing, reason="needs DeepSpeed"))
-    return marks
+def marks_of(start):
+    """Return the marks of the slow tests of a way to start."""
+    if start != "zero3":
+        return pytest.mark.slow
+    missing = importlib.util.find_spec("deepspeed") is None
+    return [pytest.mark.slow, pytest.mark.skipif(missing, reason="needs DeepSpeed")]
 
 
 def cases(names=tuple(RECIPES), starts=tuple(STARTS)):
@@ -123,7 +122,7 @@ def cases(names=tuple(RECIPES), starts=tuple(STARTS)):
         [
             (start, name)
             if start == "two" and name in QUICK
-            else pytest.param(start, name, marks=started_by(start) or pytest.mark.slow)
+            else pytest.param(start, name, marks=marks_of(start))
             for start in starts
             for name in names
             if start != "zero3" or name in LOADED
